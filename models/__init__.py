@@ -1,0 +1,1 @@
+"""Reference networks, built as ONNX from a seed."""

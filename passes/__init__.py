@@ -1,0 +1,1 @@
+"""Relax module in, new Relax module out."""

@@ -1,0 +1,1 @@
+"""Training views of a module and the losses of recovery."""

@@ -1,0 +1,1 @@
+"""Clean-up, layout, fusion and splitting of the graph."""

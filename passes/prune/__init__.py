@@ -1,0 +1,1 @@
+"""Structured pruning: channels are removed, shapes shrink."""

@@ -1,0 +1,1 @@
+"""Integer quantization: observers, parameters, integer operators."""

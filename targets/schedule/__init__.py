@@ -1,0 +1,1 @@
+"""Schedules of TIR functions, decided by the target's table."""
