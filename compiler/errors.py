@@ -113,7 +113,7 @@ class OutOfTimeError(HoneError):
     exit_code = 11
 
 
-class InterruptedRun(HoneError):
+class InterruptError(HoneError):
     """The user interrupted; everything measured is saved (exit 130)."""
 
     exit_code = 130
