@@ -1,0 +1,425 @@
+"""The recipe: what `hone build` shall do, read from ``hone.toml``.
+
+Every path and data string in the file is relative to the file's own folder. A key that does not
+exist is an error that names the nearest one; all problems of a file are listed at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from hone.errors import UsageError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, unknown keys are errors, nothing is converted silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """``[model]``: the network to work on."""
+
+    path: Annotated[str, Field(min_length=1)] = Field(description="ONNX file")
+    shapes: dict[str, list[Count]] = Field(
+        default={}, description="static shape of each input that has dynamic dimensions"
+    )
+
+
+class TargetSection(Section):
+    """``[target]``: the machine that shall run it."""
+
+    name: str = Field(default="host", description="as `hone target list` prints it")
+    threads: Count = Field(default=2, description="threads of one run of the package")
+
+
+class DataSection(Section):
+    """``[data]``: samples, in the data syntax (``x.npz``, a folder, ``file.py:function``, …)."""
+
+    calibration: str | None = Field(
+        default=None, description="samples for recovery and int8 ranges; labels are not used"
+    )
+    evaluation: str | None = Field(default=None, description="samples that measure the accuracy")
+    metric: Literal["top1", "relative_error"] = Field(
+        default="top1",
+        description="top1 needs labels; relative_error compares with the unchanged model",
+    )
+
+
+class GoalSection(Section):
+    """``[goal]``: what makes a step worth keeping."""
+
+    goal: Literal["latency", "size"] = "latency"
+    max_accuracy_drop: Fraction = Field(
+        default=0.005,
+        description="of the whole recipe, against the baseline; 0.005 is half a point",
+    )
+
+
+class OutputSection(Section):
+    """``[output]``: where the package and the reports go."""
+
+    directory: str = "build"
+    name: str | None = Field(
+        default=None, description="file name of the package without .hone; the model's when absent"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str | None) -> str | None:
+        if name is not None and (not name or name != os.path.basename(name) or name in {".", ".."}):
+            raise ValueError("a file name without folders")
+        return name
+
+
+class TuneSection(Section):
+    """``[tune]``: the search for better schedules."""
+
+    seconds: Seconds = Field(default=60.0, description="budget of a tune step that has none itself")
+    database: str | None = Field(
+        default=None, description="folder of tuning records; <output>/tuning when absent"
+    )
+
+
+class MeasureSection(Section):
+    """``[measure]``: how latency is measured."""
+
+    rounds: Count = Field(default=10, description="interleaved rounds over all contenders")
+    runs: Count = Field(default=10, description="runs of one contender in one round")
+    warmup: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="first runs of each round that are dropped"
+    )
+    baselines: list[Literal["onnxruntime", "openvino"]] = Field(
+        default=["onnxruntime"], description="peers measured in the same interleaved run"
+    )
+    baseline_tune_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=60.0, description="tunes the unchanged model too, for a fair comparison; 0: do not"
+    )
+
+    @model_validator(mode="after")
+    def _keeps_runs(self) -> MeasureSection:
+        if self.warmup >= self.runs:
+            raise ValueError(f"warmup ({self.warmup}) must be less than runs ({self.runs})")
+        return self
+
+
+class Recover(Section):
+    """``recover`` of a prune step: distillation from the unchanged model."""
+
+    epochs: Count = Field(default=20, description="passes over the calibration data, at most")
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=2.0, description="softens both outputs in the KL loss"
+    )
+    batch: Count = 32
+    seconds: Seconds | None = Field(default=None, description="stops earlier")
+
+
+class PruneStep(Section):
+    """Remove whole channels."""
+
+    kind: Literal["prune"]
+    amount: Annotated[float, Field(gt=0, lt=1)] = Field(description="fraction of the channels")
+    norm: Literal["l1", "l2"] = "l1"
+    scope: Literal["layer", "global"] = Field(
+        default="layer", description="rank channels within each layer, or over the whole network"
+    )
+    round_to: Count = Field(default=1, description="channels kept are a multiple of this")
+    recover: Recover | None = None
+
+    @property
+    def title(self) -> str:
+        """The step's row in the report."""
+        return f"prune {100 * self.amount:g}% of channels" + (" + recover" if self.recover else "")
+
+
+class Int8Step(Section):
+    """Compute convolutions and matrix products in 8-bit integers."""
+
+    kind: Literal["int8"]
+    observer: Literal["minmax"] = "minmax"
+    skip: list[str] = Field(default=[], description="ids of layers that stay in float")
+
+    @property
+    def title(self) -> str:
+        """The step's row in the report."""
+        return "int8"
+
+
+class SplitStep(Section):
+    """Split operators into parts whose working set is smaller."""
+
+    kind: Literal["split"]
+    layers: Annotated[list[str], Field(min_length=1)] = Field(description="ids of layers")
+    parts: Annotated[int, Field(ge=2)]
+    axis: Literal["channels", "batch"] = "channels"
+
+    @property
+    def title(self) -> str:
+        """The step's row in the report."""
+        layers = ", ".join(self.layers) if len(self.layers) < 3 else f"{len(self.layers)} layers"
+        return f"split {layers} into {self.parts} by {self.axis}"
+
+
+class TuneStep(Section):
+    """Search for better schedules of what was kept so far."""
+
+    kind: Literal["tune"]
+    seconds: Seconds | None = Field(default=None, description="[tune] seconds when absent")
+
+    @property
+    def title(self) -> str:
+        """The step's row in the report."""
+        return "tuned" if self.seconds is None else f"tuned ({self.seconds:g} s)"
+
+
+Step = Annotated[PruneStep | Int8Step | SplitStep | TuneStep, Field(discriminator="kind")]
+
+
+class Recipe(Section):
+    """A whole ``hone.toml``."""
+
+    model: ModelSection
+    target: TargetSection = TargetSection()
+    data: DataSection = DataSection()
+    goal: GoalSection = GoalSection()
+    output: OutputSection = OutputSection()
+    tune: TuneSection = TuneSection()
+    measure: MeasureSection = MeasureSection()
+    step: list[Step] = Field(default=[], description="compression steps, in order")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _has_calibration(self) -> Recipe:
+        needy = [s.kind for s in self.step if s.kind == "int8" or (s.kind == "prune" and s.recover)]
+        if needy and self.data.calibration is None:
+            raise ValueError(f"data.calibration is required by the {needy[0]} step")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the file's relative paths start from."""
+        return self._folder
+
+    @property
+    def model_path(self) -> Path:
+        """Where the ONNX file is."""
+        return self._folder / self.model.path
+
+    @property
+    def output_directory(self) -> Path:
+        """Where the results go."""
+        return self._folder / self.output.directory
+
+    @property
+    def package_path(self) -> Path:
+        """The package that the build writes."""
+        return self.output_directory / f"{self.output.name or Path(self.model.path).stem}.hone"
+
+    @property
+    def database_path(self) -> Path:
+        """The folder of tuning records."""
+        if self.tune.database is None:
+            return self.output_directory / "tuning"
+        return self._folder / self.tune.database
+
+    @property
+    def calibration(self) -> str | None:
+        """The calibration data, as `hone.data.load` takes it."""
+        return self._located(self.data.calibration)
+
+    @property
+    def evaluation(self) -> str | None:
+        """The evaluation data, as `hone.data.load` takes it."""
+        return self._located(self.data.evaluation)
+
+    def tune_seconds(self, step: TuneStep) -> float:
+        """Return the time budget of a tune step in seconds."""
+        return self.tune.seconds if step.seconds is None else step.seconds
+
+    def step_names(self) -> list[str]:
+        """Return a unique name for each step, as the report's rows carry it."""
+        names: list[str] = []
+        for step in self.step:
+            title = step.title
+            if isinstance(step, TuneStep):
+                title = f"tuned ({self.tune_seconds(step):g} s)"
+            same = sum(name == title or name.startswith(f"{title} #") for name in names)
+            names.append(f"{title} #{same + 1}" if same else title)
+        return names
+
+    def _located(self, spec: str | None) -> str | None:
+        if spec is None or spec.startswith("random:"):
+            return spec
+        return str(self._folder / spec)
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Parameters
+    ----------
+    path : str or Path
+        The TOML file.
+    overrides : mapping of str to value, optional
+        Values that win over the file's, by dotted key, such as ``{"target.threads": 1}``.
+
+    Raises
+    ------
+    UsageError
+        The file cannot be read, is not TOML, or has problems: all of them, each with its key.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"a recipe (TOML) is required, but it cannot be read: {error.strerror}",
+            where=str(path),
+            hint="see `hone build --help` for the smallest recipe",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"this is not valid TOML: {error}", where=str(path)) from error
+    for key, value in (overrides or {}).items():
+        *tables, last = key.split(".")
+        table = data
+        for name in tables:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise UsageError(
+                    f"{name}: required is a table, given is {table!r}", where=str(path)
+                )
+        table[last] = value
+    return parse(data, folder=path.parent, where=str(path))
+
+
+def parse(data: Mapping[str, Any], *, folder: str | Path = "", where: str = "recipe") -> Recipe:
+    """Check a recipe that was read already.
+
+    Parameters
+    ----------
+    data : mapping
+        The tables and keys.
+    folder : str or Path
+        What its relative paths start from.
+    where : str
+        Its name in error messages.
+
+    Raises
+    ------
+    UsageError
+        Lists all problems, each with its key.
+    """
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(detail) for detail in error.errors(include_url=False)]
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise UsageError(f"{count} in the recipe{lines}", where=where) from error
+    recipe._folder = Path(folder)
+    return recipe
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of ``hone.toml``, for editors that complete TOML files."""
+    schema = Recipe.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "hone.toml",
+    }
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """Say one pydantic error in the words of the file."""
+    loc, kind, given = detail["loc"], detail["type"], detail["input"]
+    context = detail.get("ctx", {})
+    where = _dotted(loc)
+    if kind == "extra_forbidden":
+        known = _known_keys(loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+        if near:
+            return f"{where}: unknown key, the nearest is {near[0]!r}"
+        return f"{where}: unknown key, known are {', '.join(known)}"
+    if kind == "missing":
+        return f"{where}: required, but not given"
+    if kind == "union_tag_not_found":
+        kinds = ", ".join(map(repr, _step_kinds()))
+        return f"{where}.kind: required is one of {kinds}, but not given"
+    if kind == "union_tag_invalid":
+        near = difflib.get_close_matches(str(context["tag"]), _step_kinds(), n=1, cutoff=0.5)
+        hint = f", the nearest is {near[0]!r}" if near else ""
+        expected = context["expected_tags"]
+        return f"{where}.kind: required is one of {expected}, given is {context['tag']!r}{hint}"
+    if kind == "value_error":
+        reason = str(context["error"])
+        return f"{where}: {reason}" if where else reason
+    required = detail["msg"].removeprefix("Input should be ")
+    if kind in {"model_type", "model_attributes_type", "dict_type"}:
+        required = "a table"
+    return f"{where}: required is {required}, given is {given!r}"
+
+
+def _dotted(loc: Sequence[int | str]) -> str:
+    """Write pydantic's location as the file's reader would: ``step[1].amount``."""
+    text = ""
+    for part, before in zip(loc, (None, *loc), strict=False):
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not (isinstance(before, int) and text.startswith("step[") and part in _step_kinds()):
+            text += f".{part}" if text else part
+    return text
+
+
+def _known_keys(loc: Sequence[int | str]) -> list[str]:
+    """Return the keys of the table at a location."""
+    tables = dict(_tables(Recipe, ()))
+    return list(tables[tuple(part for part in loc if isinstance(part, str))].model_fields)
+
+
+def _tables(
+    cls: type[BaseModel], at: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    yield at, cls
+    for name, field in cls.model_fields.items():
+        if cls is Recipe and name == "step":
+            for kind, step in _step_kinds().items():
+                yield from _tables(step, (*at, name, kind))
+            continue
+        for option in typing.get_args(field.annotation) or (field.annotation,):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                yield from _tables(option, (*at, name))
+
+
+def _step_kinds() -> dict[str, type[BaseModel]]:
+    """Return the steps by the value of their ``kind``."""
+    union, _ = typing.get_args(Step)
+    return {
+        typing.get_args(step.model_fields["kind"].annotation)[0]: step
+        for step in typing.get_args(union)
+    }

@@ -1,0 +1,244 @@
+"""The report of a build: what each step gained and cost, measured; the file ``report.json``.
+
+CI jobs and benchmarks read this file: fields are only ever added within ``hone.report/1``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from hone.errors import UsageError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+if TYPE_CHECKING:
+    from hone.measure import Latency as Measured
+
+SCHEMA_ID = "hone.report/1"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Bytes = Annotated[int, Field(ge=0)]
+Milliseconds = Annotated[float, Field(ge=0)]
+Ratio = Annotated[float, Field(gt=0)]
+
+
+class Row(BaseModel):
+    """Anything in the file: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True
+    )
+
+
+class Verdict(StrEnum):
+    """What became of a step."""
+
+    BASELINE = "baseline"
+    """The first row, or a later one that is there for comparison only."""
+    KEPT = "kept"
+    REVERTED = "reverted"
+    NOT_MEASURED = "not measured"
+
+
+class Latency(Row):
+    """Time of one run, over many."""
+
+    median: Milliseconds
+    p90: Milliseconds
+    ci95: tuple[Milliseconds, Milliseconds] = Field(
+        description="bootstrap confidence interval of the median"
+    )
+    samples: Annotated[int, Field(ge=1)]
+
+    @classmethod
+    def of(cls, measured: Measured) -> Self:
+        """Take over what `hone.measure.measure` returned."""
+        return cls(
+            median=measured.median_ms,
+            p90=measured.p90_ms,
+            ci95=measured.ci95_ms,
+            samples=measured.samples,
+        )
+
+
+class Comparison(Row):
+    """How many times faster this row is than another: above 1 is faster, below 1 is slower."""
+
+    ratio: Ratio
+    ci95: tuple[Ratio, Ratio] | None = None
+
+
+class Skipped(Row):
+    """A layer that a step left alone."""
+
+    layer: str
+    reason: str
+
+
+class LayerRow(Row):
+    """One kernel of the compiled model and the layers that it computes."""
+
+    kernel: str
+    layers: list[str] = Field(description="ids of the layers fused into it")
+    calls: Annotated[int, Field(ge=1)] = 1
+    latency_ms: Milliseconds | None = Field(default=None, description="of all its calls together")
+    share: Fraction | None = Field(default=None, description="of the whole run")
+    weights_bytes: Bytes | None = None
+    dtype: str | None = None
+
+
+class StepRow(Row):
+    """One row of the table: a measured version of the model.
+
+    A kept row measures the cumulative model; a reverted one measures what was tried on top of the
+    last kept one.
+    """
+
+    name: str
+    verdict: Verdict
+    reason: str = ""
+    accuracy: Fraction | None = Field(default=None, description="fraction of right answers")
+    output_error: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="relative error against the unchanged model, where no accuracy is measured",
+    )
+    weights_bytes: Bytes | None = Field(
+        default=None, description="as stored in the library, packing and padding included"
+    )
+    package_bytes: Bytes | None = None
+    latency_ms: Latency | None = None
+    vs_previous: Comparison | None = None
+    vs_onnxruntime: Comparison | None = None
+    settings: dict[str, JsonValue] = {}
+    skipped: list[Skipped] = []
+    layers: list[LayerRow] = []
+    seconds: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="what the step itself took"
+    )
+
+
+class Peer(Row):
+    """Another way to run the original model, measured in the same interleaved run."""
+
+    latency_ms: Latency | None = None
+    accuracy: Fraction | None = None
+    version: str
+    threads: Annotated[int, Field(ge=1)]
+    precision: str = "fp32"
+
+
+class OnnxFile(Row):
+    """The original file."""
+
+    weights_bytes: Bytes
+
+
+class Baselines(Row):
+    """What the model is compared with; peers other than onnxruntime stand beside it by name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Peer]
+
+    onnx: OnnxFile
+    onnxruntime: Peer | None = None
+
+    def peers(self) -> dict[str, Peer]:
+        """Return every measured peer by name."""
+        first = {} if self.onnxruntime is None else {"onnxruntime": self.onnxruntime}
+        return {**first, **(self.__pydantic_extra__ or {})}
+
+
+class Source(Row):
+    """The model that was given."""
+
+    path: str | None
+    sha256: str
+    opset: int
+
+
+class Tuning(Row):
+    """How many kernels of the final package use a tuning record."""
+
+    hits: Annotated[int, Field(ge=0)]
+    total: Annotated[int, Field(ge=0)]
+    missing: list[str] = Field(default=[], description="kernels without a record")
+
+
+class Report(Row):
+    """A whole ``report.json``."""
+
+    schema_id: Literal["hone.report/1"] = Field(default="hone.report/1", alias="schema")
+    hone_version: str
+    created: str = Field(description="UTC, ISO 8601")
+    name: str = Field(description="of the package, without .hone")
+    model: Source
+    target: str
+    threads: Annotated[int, Field(ge=1)]
+    metric: Literal["top1", "relative_error"] = "top1"
+    steps: Annotated[list[StepRow], Field(min_length=1)]
+    baselines: Baselines
+    recipe: dict[str, JsonValue] = Field(description="resolved: with every default filled in")
+    environment: dict[str, JsonValue]
+    commands: list[str] = Field(description="what reproduces this report")
+    tuning: Tuning | None = None
+    notes: list[str] = []
+
+    @property
+    def baseline(self) -> StepRow:
+        """The row that the build started from."""
+        return self.steps[0]
+
+    @property
+    def final(self) -> StepRow:
+        """The row of the final package: the last kept one, else the baseline."""
+        kept = [row for row in self.steps if row.verdict is Verdict.KEPT]
+        return kept[-1] if kept else self.baseline
+
+    def to_json(self) -> str:
+        """Return the text of the file."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, whole or not at all."""
+        path = Path(path)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(self.to_json(), encoding="utf-8")
+        draft.replace(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Report:
+        """Read a ``report.json``.
+
+        Raises
+        ------
+        UsageError
+            It cannot be read, or is no report of this schema.
+        """
+        path = Path(path)
+        hint = "`hone build` writes a report.json beside the package"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise UsageError(
+                f"a report is required, but it cannot be read: {reason}", where=str(path), hint=hint
+            ) from error
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            lines = "".join(
+                f"\n  - {'.'.join(map(str, d['loc'])) or 'file'}: {d['msg']}"
+                for d in error.errors(include_url=False)
+            )
+            raise UsageError(
+                f"a report of the schema {SCHEMA_ID} is required{lines}", where=str(path), hint=hint
+            ) from error
+
+
+def json_schema() -> Mapping[str, Any]:
+    """Return the JSON Schema of ``report.json``."""
+    schema = Report.model_json_schema(by_alias=True, mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": SCHEMA_ID}
