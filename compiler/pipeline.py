@@ -1,0 +1,244 @@
+"""The way from a Relax module to a library, as flat lists of stages that read top to bottom.
+
+Each stage takes a module and returns a new one; each can be printed as TVMScript.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import tvm
+from tvm import relax
+
+from hone.passes.graph.convert_layout import ToNHWC
+from hone.passes.graph.fold_batch_norm import FoldBatchNorm
+from hone.passes.lower.fuse_operators import FuseOperators
+from hone.passes.lower.legalize import LegalizeForCPU
+from hone.passes.lower.promote_accumulators import TIR_PIPELINE
+from hone.targets.schedule.cpu import Decision, ScheduleModule
+from hone.targets.schedule.machine import Machine
+from hone.targets.target import Target
+from hone.targets.toolchain import find_linker
+
+if TYPE_CHECKING:
+    from .database import Database
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of the pipeline.
+
+    Parameters
+    ----------
+    name : str
+        What it is called in dumps and in ``hone passes``.
+    summary : str
+        One line.
+    run : Pass
+        Module in, new module out.
+    """
+
+    name: str
+    summary: str
+    run: tvm.transform.Pass
+
+
+def graph_stages() -> tuple[Stage, ...]:
+    """Return the stages that clean up an imported graph; no target is needed."""
+    transform = relax.transform
+    return (
+        Stage(
+            name="fold-constants", summary="evaluate constant nodes", run=transform.FoldConstant()
+        ),
+        Stage(
+            name="fold-batch-norm",
+            summary="merge batch normalization into the layer before it",
+            run=FoldBatchNorm(),
+        ),
+        Stage(
+            name="decompose",
+            summary="write composite operators as simple ones",
+            run=transform.DecomposeOpsForInference(),
+        ),
+        Stage(
+            name="layout",
+            summary="convolutions from NCHW to NHWC, layout changes only at the borders",
+            run=ToNHWC(),
+        ),
+    )
+
+
+def lower_stages(target: Target, *, threads: int) -> tuple[Stage, ...]:
+    """Return the stages from operators to fused TIR functions, not yet scheduled."""
+    machine = Machine.of(target, threads)
+    transform = relax.transform
+    return (
+        Stage(
+            name="dispatch",
+            summary="sorting and sampling go to the runtime's own routines",
+            run=tvm.transform.Sequential(
+                [relax.backend.DispatchSampling(), relax.backend.DispatchSortScan()]
+            ),
+        ),
+        Stage(
+            name="legalize",
+            summary="operators become TIR functions, weights are packed for the target",
+            run=LegalizeForCPU(machine),
+        ),
+        Stage(
+            name="group",
+            summary="elementwise operators join the kernel before them",
+            run=FuseOperators(),
+        ),
+        Stage(
+            name="fuse",
+            summary="each group becomes one TIR function",
+            run=tvm.transform.Sequential([transform.FuseTIR(), transform.DeadCodeElimination()]),
+        ),
+    )
+
+
+def passes(target: Target, *, threads: int) -> list[tuple[str, str, str]]:
+    """Return ``(phase, stage, summary)`` of every stage, in order, for ``hone passes``."""
+    rows = [("graph", stage.name, stage.summary) for stage in graph_stages()]
+    rows += [
+        ("lower", stage.name, stage.summary) for stage in lower_stages(target, threads=threads)
+    ]
+    rows.append(("schedule", "records", "tuning records of the database, where one fits"))
+    rows.append(("schedule", "rules", "one deterministic rule for every other function"))
+    rows += [("finalize", stage.name, stage.summary) for stage in finalize_stages()]
+    rows.append(("link", "codegen", "machine code by LLVM, accumulators in registers"))
+    return rows
+
+
+def _run(stages: Sequence[Stage], module: tvm.IRModule) -> tvm.IRModule:
+    for stage in stages:
+        module = stage.run(module)
+    return module
+
+
+def lower(module: tvm.IRModule, target: Target, *, threads: int) -> tvm.IRModule:
+    """Lower a Relax module to fused TIR functions before scheduling.
+
+    Parameters
+    ----------
+    module : IRModule
+        One Relax function ``main`` with constant weights.
+    target : Target
+        What to compile for.
+    threads : int
+        Threads that will share each kernel.
+
+    Returns
+    -------
+    IRModule
+        ``main`` calls TIR functions; what tuning extracts its tasks from.
+    """
+    stages = (*graph_stages(), *lower_stages(target, threads=threads))
+    with target.tvm_target(threads):
+        return _run(stages, module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled:
+    """A module whose functions are all scheduled.
+
+    Parameters
+    ----------
+    module : IRModule
+        Ready to be linked.
+    decisions : tuple of Decision
+        The rule of each kernel.
+    """
+
+    module: tvm.IRModule
+    decisions: tuple[Decision, ...]
+
+    @property
+    def hits(self) -> int:
+        """Kernels that a tuning record scheduled."""
+        return sum(decision.rule == "record" for decision in self.decisions)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Kernels that no tuning record fits."""
+        return tuple(d.kernel for d in self.decisions if d.rule != "record")
+
+
+def schedule(
+    lowered: tvm.IRModule, target: Target, *, threads: int, database: Database | None = None
+) -> Scheduled:
+    """Schedule every function: by its tuning record where there is one, else by rule."""
+    decisions: list[Decision] = []
+    if database is not None:
+        lowered = database.apply(lowered, target, threads=threads)
+    rule = ScheduleModule(Machine.of(target, threads), on_decision=decisions.append)
+    module = rule(lowered)
+    return Scheduled(module=module, decisions=tuple(decisions))
+
+
+def finalize_stages() -> tuple[Stage, ...]:
+    """Return the stages that turn the graph around the kernels into virtual machine code."""
+    transform = relax.transform
+    return (
+        Stage(
+            name="calls",
+            summary="tensors are passed by destination",
+            run=tvm.transform.Sequential(
+                [
+                    transform.RewriteDataflowReshape(),
+                    transform.ToNonDataflow(),
+                    transform.RemovePurityChecking(),
+                    transform.CallTIRRewrite(),
+                ]
+            ),
+        ),
+        Stage(
+            name="memory",
+            summary="activations share storage planned ahead of time",
+            run=tvm.transform.Sequential(
+                [
+                    transform.StaticPlanBlockMemory(),
+                    transform.LowerAllocTensor(),
+                    transform.KillAfterLastUse(),
+                    transform.LowerRuntimeBuiltin(),
+                    transform.ComputePrimValue(),
+                    transform.VMShapeLower(),
+                    transform.AttachGlobalSymbol(),
+                ]
+            ),
+        ),
+    )
+
+
+def build_executable(
+    scheduled: tvm.IRModule, target: Target, *, threads: int
+) -> relax.VMExecutable:
+    """Generate machine code for a scheduled module, in this process."""
+    tvm_target = target.tvm_target(threads)
+    with tvm_target:
+        module = _run(finalize_stages(), scheduled)
+    # Constant loops are partitioned so that the bounds of padding leave the inner tiles.
+    config = {"s_tir.LoopPartition": {"partition_const_loop": True}}
+    with tvm.transform.PassContext(opt_level=3, config=config):
+        return relax.build(module, tvm_target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)
+
+
+def link(scheduled: tvm.IRModule, target: Target, *, threads: int) -> bytes:
+    """Return the shared library of a scheduled module.
+
+    Raises
+    ------
+    ToolchainError
+        There is no linker for the target (exit 6).
+    """
+    linker = find_linker(target)
+    executable = build_executable(scheduled, target, threads=threads)
+    with TemporaryDirectory(prefix="hone-") as folder:
+        path = Path(folder, "lib.so")
+        executable.export_library(str(path), fcompile=linker.fcompile)
+        return path.read_bytes()

@@ -1,0 +1,34 @@
+"""Rewrites 2-D convolutions and pooling from NCHW to NHWC, weights from OIHW to OHWI.
+
+Rewrites ``relax.nn.conv2d`` and, through layout inference, what stands between convolutions.
+Runs after batch norm is folded and before quantization or legalization; running it twice is
+the same as once. Numerics: exact, except that sums may be taken in another order.
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm import relax
+
+
+@tvm.transform.module_pass(opt_level=0)
+class ToNHWC:
+    """Convert the layout of every convolution to NHWC with OHWI weights.
+
+    Layout changes stay only at the borders to operators without a layout rule.
+    """
+
+    def transform_module(
+        self, module: tvm.IRModule, _context: tvm.transform.PassContext
+    ) -> tvm.IRModule:
+        """Return the module in NHWC."""
+        transform = relax.transform
+        return tvm.transform.Sequential(
+            [
+                transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "OHWI"]}),
+                transform.Normalize(),
+                transform.FoldConstant(),
+                transform.CanonicalizeBindings(),
+                transform.DeadCodeElimination(),
+            ]
+        )(module)

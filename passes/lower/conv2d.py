@@ -1,0 +1,266 @@
+"""Lowers NHWC convolutions to TIR with weights packed for the target.
+
+Rewrites ``relax.nn.conv2d`` in NHWC/OHWI with constant weights: dense ones to weights
+``[ceil(K / tk), R, S, C, tk]`` with zeros in the rounding, depthwise ones to ``[R, S, C]``.
+Everything else keeps TVM's own legalization. Runs after the layout is NHWC and before fusion.
+Numerics: sums may be taken in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import tvm
+from tvm import relax, te, tirx
+
+from hone.targets.schedule.machine import Machine, choose_tile
+
+from .anchors import ANCHOR, default_legalization, through_layout_change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The geometry of a convolution or pooling window over NHWC.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Input ``(N, H, W, C)``.
+    taps, strides, dilation : tuple of int
+        ``(height, width)``.
+    padding : tuple of int
+        ``(top, left, bottom, right)``.
+    """
+
+    shape: tuple[int, int, int, int]
+    taps: tuple[int, int]
+    strides: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, data: relax.Expr, taps: Sequence[int], attrs: tvm.ir.Attrs) -> Window:
+        """Return the window of a convolution or pooling call over NHWC ``data``."""
+        batch, height, width, channels = (int(extent) for extent in data.ty.shape)
+        taps_h, taps_w = (int(x) for x in taps)
+        stride_h, stride_w = (int(x) for x in attrs.strides)
+        dilation_h, dilation_w = (int(x) for x in attrs.dilation)
+        top, left, bottom, right = (int(x) for x in attrs.padding)
+        return cls(
+            shape=(batch, height, width, channels),
+            taps=(taps_h, taps_w),
+            strides=(stride_h, stride_w),
+            dilation=(dilation_h, dilation_w),
+            padding=(top, left, bottom, right),
+        )
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Output ``(height, width)``: ``(H + pads - dilation (taps - 1) - 1) // stride + 1``."""
+        _, height, width, _ = self.shape
+        top, left, bottom, right = self.padding
+        span_h = self.dilation[0] * (self.taps[0] - 1) + 1
+        span_w = self.dilation[1] * (self.taps[1] - 1) + 1
+        return (
+            (height + top + bottom - span_h) // self.strides[0] + 1,
+            (width + left + right - span_w) // self.strides[1] + 1,
+        )
+
+
+def pad(
+    data: te.Tensor,
+    window: Window,
+    *,
+    name: str,
+    value: tirx.Expr,
+    width: int | None = None,
+    channels_first: bool = False,
+    likely: bool = False,
+) -> te.Tensor:
+    """Return the padded NHWC input of a window, or the input itself where nothing is padded.
+
+    Parameters
+    ----------
+    data : te.Tensor
+        ``[N, H, W, C]``, or ``[N, C, H, W]`` with ``channels_first``.
+    window : Window
+        Says how much.
+    name : str
+        Of the stage.
+    value : tirx.Expr
+        What stands in the padding.
+    width : int, optional
+        Padded width, where it is more than the window asks for.
+    channels_first : bool
+        Read NCHW and write NHWC.
+    likely : bool
+        Mark the bounds, so that loop partitioning frees the inner tiles of them.
+    """
+    batch, height, in_width, channels = window.shape
+    top, left, bottom, right = window.padding
+    padded_width = max(width or 0, in_width + left + right)
+    inside_only = not any(window.padding) and padded_width == in_width
+    if inside_only and not channels_first:
+        return data
+
+    def read(n: tirx.Var, h: tirx.Expr, w: tirx.Expr, c: tirx.Var) -> tirx.Expr:
+        return data[n, c, h, w] if channels_first else data[n, h, w, c]
+
+    def element(n: tirx.Var, h: tirx.Var, w: tirx.Var, c: tirx.Var) -> tirx.Expr:
+        if inside_only:
+            return read(n, h, w, c)
+        inside = tirx.all(h >= top, h < height + top, w >= left, w < in_width + left)
+        if likely:
+            inside = tirx.likely(inside)
+        return tirx.if_then_else(inside, read(n, h - top, w - left, c), value)
+
+    return te.compute((batch, height + top + bottom, padded_width, channels), element, name=name)
+
+
+def conv2d(
+    data: te.Tensor,
+    weight: te.Tensor,
+    window: Window,
+    *,
+    channels: int,
+    tile_columns: int,
+    channels_first: bool,
+) -> te.Tensor:
+    """Return the convolution of NHWC data with packed weights.
+
+    Parameters
+    ----------
+    data : te.Tensor
+        ``[N, H, W, C]``, or ``[N, C, H, W]`` with ``channels_first``.
+    weight : te.Tensor
+        ``[ceil(K / tk), R, S, C, tk]``.
+    window : Window
+        Geometry.
+    channels : int
+        K.
+    tile_columns : int
+        The output width is rounded up to it; the extra columns read zeros and are cut off.
+    channels_first : bool
+        Read NCHW data directly, which swallows the layout change of a network's input.
+    """
+    blocks, taps_h, taps_w, depth, tile = (int(extent) for extent in weight.shape)
+    height, width = window.output
+    rounded = -(-width // tile_columns) * tile_columns
+    needed = (rounded - 1) * window.strides[1] + window.dilation[1] * (taps_w - 1) + 1
+    padded = pad(
+        data,
+        window,
+        name="conv_pad",
+        value=tirx.const(0, data.dtype),
+        width=needed if rounded > width else None,
+        channels_first=channels_first,
+    )
+    r = te.reduce_axis((0, taps_h), "r")
+    s = te.reduce_axis((0, taps_w), "s")
+    c = te.reduce_axis((0, depth), "c")
+    sums = te.compute(
+        (window.shape[0], height, rounded, blocks * tile),
+        lambda n, h, w, k: te.sum(
+            padded[
+                n,
+                h * window.strides[0] + r * window.dilation[0],
+                w * window.strides[1] + s * window.dilation[1],
+                c,
+            ]
+            * weight[k // tile, r, s, c, k % tile],
+            axis=[r, s, c],
+        ),
+        name="conv_acc",
+    )
+    if blocks * tile == channels and rounded == width:
+        return sums
+    return te.compute(
+        (window.shape[0], height, width, channels), lambda *i: sums[i], name="conv_cut"
+    )
+
+
+def depthwise_conv2d(data: te.Tensor, weight: te.Tensor, window: Window) -> te.Tensor:
+    """Return the depthwise convolution of ``[N, H, W, C]`` with ``[R, S, C]``."""
+    taps_h, taps_w, channels = (int(extent) for extent in weight.shape)
+    padded = pad(data, window, name="dw_pad", value=tirx.const(0, data.dtype), likely=True)
+    r, s = te.reduce_axis((0, taps_h), "r"), te.reduce_axis((0, taps_w), "s")
+    return te.compute(
+        (window.shape[0], *window.output, channels),
+        lambda n, h, w, c: te.sum(
+            padded[
+                n,
+                h * window.strides[0] + r * window.dilation[0],
+                w * window.strides[1] + s * window.dilation[1],
+                c,
+            ]
+            * weight[r, s, c],
+            axis=[r, s],
+        ),
+        name="dw_acc",
+    )
+
+
+def pack_conv2d_weight(weight: np.ndarray, tile: int) -> np.ndarray:
+    """Pack ``[K, R, S, C]`` to ``[ceil(K / tile), R, S, C, tile]`` with zeros in the rounding."""
+    channels, taps_h, taps_w, depth = weight.shape
+    rounded = -(-channels // tile) * tile
+    padded = np.zeros((rounded, taps_h, taps_w, depth), weight.dtype)
+    padded[:channels] = weight
+    blocked = padded.reshape(rounded // tile, tile, taps_h, taps_w, depth)
+    return np.ascontiguousarray(blocked.transpose(0, 2, 3, 4, 1))
+
+
+def legalize_conv2d(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    """Legalize one ``relax.nn.conv2d`` call for the machine. See the module."""
+    attrs = call.attrs
+    data, weight = call.args
+    fits = (
+        attrs.data_layout == "NHWC"
+        and attrs.kernel_layout == "OHWI"
+        and attrs.out_layout in ("", "NHWC")
+        and isinstance(weight, tvm.ir.GenericConst)
+        and str(call.ty.dtype) == str(data.ty.dtype) == "float32"
+    )
+    if not fits:
+        return default_legalization(bb, call)
+    values = weight.value.numpy()
+    channels, taps_h, taps_w, depth = values.shape
+    window = Window.of(data, (taps_h, taps_w), attrs)
+    if int(attrs.groups) == 1:
+        height, width = window.output
+        tile = choose_tile(
+            machine,
+            height=height,
+            width=width,
+            channels=channels,
+            depth=depth,
+            taps=taps_h * taps_w,
+        )
+        packed = pack_conv2d_weight(values, tile.vectors * machine.lanes)
+        data, channels_first = through_layout_change(bb, data)
+        return bb.call_te(
+            partial(
+                conv2d,
+                window=window,
+                channels=channels,
+                tile_columns=tile.columns,
+                channels_first=channels_first,
+            ),
+            data,
+            relax.const(packed),
+            primfunc_name_hint="conv2d",
+            primfunc_attrs=ANCHOR,
+        )
+    if int(attrs.groups) == window.shape[3] == channels and depth == 1:
+        packed = np.ascontiguousarray(values[..., 0].transpose(1, 2, 0))
+        return bb.call_te(
+            partial(depthwise_conv2d, window=window),
+            data,
+            relax.const(packed),
+            primfunc_name_hint="depthwise_conv2d",
+            primfunc_attrs=ANCHOR,
+        )
+    return default_legalization(bb, call)

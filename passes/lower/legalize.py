@@ -1,0 +1,50 @@
+"""Turns Relax operators into calls of TIR functions, hone's own where it has one.
+
+Runs on an NHWC module before fusion. Layout changes are legalized last, so that a convolution can
+read through them. Numerics: sums may be taken in another order.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import tvm
+from tvm import relax
+
+from hone.targets.schedule.machine import Machine
+
+from .conv2d import legalize_conv2d
+from .dense import legalize_matmul
+from .pool2d import legalize_max_pool2d
+
+
+@tvm.transform.module_pass(opt_level=0)
+class LegalizeForCPU:
+    """Legalize a module for a CPU.
+
+    Parameters
+    ----------
+    machine : Machine
+        Decides how weights are packed.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def transform_module(
+        self, module: tvm.IRModule, _context: tvm.transform.PassContext
+    ) -> tvm.IRModule:
+        """Return the module with every operator legalized."""
+        own = {
+            "relax.nn.conv2d": partial(legalize_conv2d, self._machine),
+            "relax.matmul": partial(legalize_matmul, self._machine),
+            "relax.nn.max_pool2d": legalize_max_pool2d,
+        }
+        transform = relax.transform
+        return tvm.transform.Sequential(
+            [
+                transform.LegalizeOps(own, skip_ops=["relax.permute_dims"]),
+                transform.DeadCodeElimination(),
+                transform.LegalizeOps(),
+            ]
+        )(module)

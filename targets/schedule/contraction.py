@@ -1,0 +1,176 @@
+"""Schedules of convolutions and matrix products with packed weights.
+
+The loops of a convolution become::
+
+    parallel(batch, row parts, channel parts) > channel tiles > row tiles > column tiles
+        > taps > input channels > {rows, columns, vectors unrolled} > lanes vectorized
+
+The epilogue (bias, residual, activation) is computed where a register tile is finished, so that
+it stores straight from the accumulators.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm import s_tir
+from tvm.s_tir.schedule import SBlockRV
+
+from .blocks import extents, finish_output, output_block, read_shape, start_sums, vector_length
+from .machine import Machine, choose_pixels, choose_tasks
+
+# Below this many input channels the channel loop is unrolled too: the loop would cost more
+# than its body (the first convolution of an image network).
+UNROLLED_DEPTH = 4
+
+
+def schedule_conv2d(
+    schedule: s_tir.Schedule,
+    machine: Machine,
+    anchor: SBlockRV,
+    padding: SBlockRV | None,
+    blocks: list[SBlockRV],
+) -> None:
+    """Schedule a convolution over NHWC with weights ``[K / tk, R, S, C, tk]``.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        Changed in place.
+    machine : Machine
+        Decides tiles and tasks.
+    anchor : SBlockRV
+        The sum, with loops ``n, h, w, k, r, s, c``.
+    padding : SBlockRV or None
+        The stage that pads the input; computed for each parallel task.
+    blocks : list of SBlockRV
+        All blocks of the function in order.
+    """
+    output = output_block(schedule, anchor, blocks)
+    n, h, w, k, r, _s, c = schedule.get_loops(anchor)
+    batch, height, width, channels, taps_h, taps_w, depth = extents(schedule, anchor)
+    tile_channels = read_shape(schedule, anchor, 1)[-1]
+    lanes = vector_length(tile_channels, machine.lanes)
+    vectors = tile_channels // lanes
+    rows, columns = choose_pixels(
+        machine,
+        height=height,
+        width=width,
+        channels=channels,
+        depth=depth,
+        taps=taps_h * taps_w,
+        vectors=vectors,
+    )
+    h_outer, h_inner = schedule.split(h, [None, rows])
+    w_outer, w_inner = schedule.split(w, [None, columns])
+    k_outer, k_vector, k_lane = schedule.split(k, [None, vectors, lanes])
+    weight_bytes = math.prod(read_shape(schedule, anchor, 1)) * 4
+    input_bytes = math.prod(read_shape(schedule, anchor, 0)) * 4
+    row_parts, channel_parts = choose_tasks(
+        machine,
+        batch=batch,
+        row_tiles=height // rows,
+        channel_tiles=channels // tile_channels,
+        weight_bytes=weight_bytes,
+        input_bytes=input_bytes,
+        row_bytes=rows * input_bytes // height,
+    )
+    h_part, h_block = schedule.split(h_outer, [row_parts, None])
+    k_part, k_block = schedule.split(k_outer, [channel_parts, None])
+    # Each thread gets one contiguous range of tasks, so the order of tasks is the partition.
+    order = (n, k_part, h_part) if weight_bytes > input_bytes else (n, h_part, k_part)
+    schedule.reorder(
+        *order, k_block, h_block, w_outer, r, _s, c, h_inner, w_inner, k_vector, k_lane
+    )
+    tasks = schedule.fuse(*order)
+    schedule.reverse_compute_at(output, w_outer, preserve_unit_loops=True)
+    if padding is not None:
+        schedule.compute_at(padding, tasks, preserve_unit_loops=True)
+        last = schedule.get_loops(padding)[-1]
+        pad_lanes = vector_length(int(schedule.get(last).extent), machine.lanes)
+        if pad_lanes > 1:
+            schedule.vectorize(schedule.split(last, [None, pad_lanes])[1])
+    schedule.parallel(tasks)
+    schedule.vectorize(k_lane)
+    for loop in (h_inner, w_inner, k_vector):
+        schedule.unroll(loop)
+    if depth <= UNROLLED_DEPTH:
+        schedule.unroll(c)
+    start_sums(schedule, anchor, r, outer_loops=4)
+    finish_output(schedule, output, outer_loops=4, lanes=machine.lanes)
+
+
+def schedule_dense(
+    schedule: s_tir.Schedule,
+    machine: Machine,
+    anchor: SBlockRV,
+    blocks: list[SBlockRV],
+) -> None:
+    """Schedule ``[M, C] x packed [K / tk, C, tk]``; loops ``m, k, c``."""
+    output = output_block(schedule, anchor, blocks)
+    m, k, c = schedule.get_loops(anchor)
+    rows, channels, depth = extents(schedule, anchor)
+    tile_channels = read_shape(schedule, anchor, 1)[-1]
+    lanes = vector_length(tile_channels, machine.lanes)
+    vectors = tile_channels // lanes
+    _, tile_rows = choose_pixels(
+        machine, height=1, width=rows, channels=channels, depth=depth, taps=1, vectors=vectors
+    )
+    m_outer, m_inner = schedule.split(m, [None, tile_rows])
+    k_outer, k_vector, k_lane = schedule.split(k, [None, vectors, lanes])
+    weight_bytes = channels * depth * 4
+    input_bytes = rows * depth * 4
+    row_parts, channel_parts = choose_tasks(
+        machine,
+        batch=1,
+        row_tiles=rows // tile_rows,
+        channel_tiles=channels // tile_channels,
+        weight_bytes=weight_bytes,
+        input_bytes=input_bytes,
+        row_bytes=tile_rows * depth * 4,
+    )
+    m_part, m_block = schedule.split(m_outer, [row_parts, None])
+    k_part, k_block = schedule.split(k_outer, [channel_parts, None])
+    order = (k_part, m_part) if weight_bytes > input_bytes else (m_part, k_part)
+    schedule.reorder(*order, k_block, m_block, c, m_inner, k_vector, k_lane)
+    tasks = schedule.fuse(*order)
+    schedule.reverse_compute_at(output, m_block, preserve_unit_loops=True)
+    schedule.parallel(tasks)
+    schedule.vectorize(k_lane)
+    for loop in (m_inner, k_vector):
+        schedule.unroll(loop)
+    start_sums(schedule, anchor, c, outer_loops=3)
+    finish_output(schedule, output, outer_loops=3, lanes=machine.lanes)
+
+
+def schedule_batch_matmul(
+    schedule: s_tir.Schedule,
+    machine: Machine,
+    anchor: SBlockRV,
+    blocks: list[SBlockRV],
+) -> None:
+    """Schedule ``[..., M, C] x [..., C, K]`` of two activations; loops ``..., m, k, c``.
+
+    The right matrix is read as it lies: a vector of ``k`` is contiguous.
+    """
+    output = output_block(schedule, anchor, blocks)
+    *outer, m, k, c = schedule.get_loops(anchor)
+    sizes = extents(schedule, anchor)
+    rows, channels, depth = sizes[-3:]
+    lanes = vector_length(channels, machine.lanes)
+    most = max(machine.accumulators // 4, 1)
+    vectors = max(v for v in range(1, most + 1) if (channels // lanes) % v == 0)
+    _, tile_rows = choose_pixels(
+        machine, height=1, width=rows, channels=channels, depth=depth, taps=1, vectors=vectors
+    )
+    m_outer, m_inner = schedule.split(m, [None, tile_rows])
+    k_outer, k_vector, k_lane = schedule.split(k, [None, vectors, lanes])
+    schedule.reorder(*outer, m_outer, k_outer, c, m_inner, k_vector, k_lane)
+    tasks = schedule.fuse(*outer, m_outer)
+    schedule.reverse_compute_at(output, k_outer, preserve_unit_loops=True)
+    schedule.parallel(tasks)
+    schedule.vectorize(k_lane)
+    for loop in (m_inner, k_vector):
+        schedule.unroll(loop)
+    start_sums(schedule, anchor, c, outer_loops=2)
+    finish_output(schedule, output, outer_loops=2, lanes=machine.lanes)

@@ -1,0 +1,140 @@
+"""Chooses the schedule of a TIR function for a CPU, by the names of its blocks.
+
+Rewrites every unscheduled PrimFunc of a module. Runs after fusion; functions that a tuning record
+has scheduled are left alone. Numerics: sums may be taken in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.s_tir.schedule import SBlockRV
+
+from .blocks import is_scheduled, leaves, name_of
+from .contraction import schedule_batch_matmul, schedule_conv2d, schedule_dense
+from .generic import schedule_generic
+from .machine import Machine
+from .window import schedule_window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Which rule scheduled a kernel.
+
+    Parameters
+    ----------
+    kernel : str
+        Name of the PrimFunc.
+    rule : str
+        ``conv2d``, ``dense``, ``batch_matmul``, ``window``, ``generic``, ``record`` or ``none``.
+    reason : str
+        Why a more special rule did not apply; empty where one did.
+    """
+
+    kernel: str
+    rule: str
+    reason: str = ""
+
+
+def _template(blocks: dict[str, SBlockRV]) -> str:
+    for prefix, rule in (
+        ("conv_acc", "conv2d"),
+        ("dw_acc", "window"),
+        ("mm_acc", "dense"),
+        ("bmm_acc", "batch_matmul"),
+    ):
+        if any(name.startswith(prefix) for name in blocks):
+            return rule
+    return "generic"
+
+
+def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
+    blocks = leaves(schedule)
+    by_name = {name_of(schedule, block): block for block in blocks}
+
+    def find(prefix: str) -> SBlockRV | None:
+        return next((b for name, b in by_name.items() if name.startswith(prefix)), None)
+
+    if rule == "generic":
+        schedule_generic(schedule, machine)
+        return
+    anchors: dict[str, str] = {
+        "conv2d": "conv_acc",
+        "window": "dw_acc",
+        "dense": "mm_acc",
+        "batch_matmul": "bmm_acc",
+    }
+    anchor = find(anchors[rule])
+    if rule == "conv2d":
+        schedule_conv2d(schedule, machine, anchor, find("conv_pad"), blocks)
+    elif rule == "window":
+        schedule_window(schedule, machine, anchor, find("dw_pad"), blocks)
+    elif rule == "dense":
+        schedule_dense(schedule, machine, anchor, blocks)
+    else:
+        schedule_batch_matmul(schedule, machine, anchor, blocks)
+
+
+def schedule_function(
+    func: tirx.PrimFunc, machine: Machine, *, kernel: str
+) -> tuple[tirx.PrimFunc, Decision]:
+    """Schedule one function by the most special rule that applies.
+
+    A template that the function does not fit (a ``ScheduleError``) gives way to the generic
+    rule, and the decision says so.
+
+    Returns
+    -------
+    tuple
+        The function, marked as scheduled, and the decision.
+    """
+    reason = ""
+    probe = s_tir.Schedule(tvm.IRModule({"main": func}))
+    first = _template({name_of(probe, block): block for block in leaves(probe)})
+    for rule in dict.fromkeys((first, "generic")):
+        schedule = s_tir.Schedule(tvm.IRModule({"main": func}))
+        try:
+            _apply(rule, schedule, machine)
+        except s_tir.ScheduleError as error:
+            reason = f"{rule}: {str(error).strip().splitlines()[-1]}"
+            continue
+        scheduled = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+        return scheduled, Decision(kernel=kernel, rule=rule, reason=reason)
+    return func, Decision(kernel=kernel, rule="none", reason=reason)
+
+
+class ScheduleModule:
+    """Schedule every unscheduled PrimFunc of a module.
+
+    Parameters
+    ----------
+    machine : Machine
+        Decides tiles and tasks.
+    on_decision : callable, optional
+        Is given each `Decision`.
+    """
+
+    def __init__(
+        self, machine: Machine, *, on_decision: Callable[[Decision], None] | None = None
+    ) -> None:
+        self._machine = machine
+        self._on_decision = on_decision
+
+    def __call__(self, module: tvm.IRModule) -> tvm.IRModule:
+        """Return the module with its functions scheduled."""
+        functions = {}
+        for variable, func in module.functions.items():
+            if isinstance(func, tirx.PrimFunc):
+                if is_scheduled(func):
+                    decision = Decision(kernel=variable.name_hint, rule="record")
+                else:
+                    func, decision = schedule_function(
+                        func, self._machine, kernel=variable.name_hint
+                    )
+                if self._on_decision is not None:
+                    self._on_decision(decision)
+            functions[variable] = func
+        return tvm.IRModule(functions, attrs=module.attrs)

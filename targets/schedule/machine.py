@@ -1,0 +1,195 @@
+"""What a schedule needs to know of a processor, and the model that chooses tiles from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from hone.targets.target import Target
+
+# Registers that a kernel needs beside its accumulators: a weight vector, a broadcast input,
+# and two that LLVM keeps for addresses and spills of unrolled bodies (measured on AVX-512).
+RESERVED_REGISTERS = 4
+# Cycles of one fused multiply-add; two issue in each cycle (Intel and AMD optimization manuals).
+FMA_LATENCY = 4
+FMA_PER_CYCLE = 2
+# Sustained bytes per cycle from L2 into registers on the cores measured so far.
+L2_BYTES_PER_CYCLE = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The numbers of a target that schedules depend on.
+
+    Parameters
+    ----------
+    lanes : int
+        float32 elements of one vector.
+    accumulators : int
+        Vector registers that may hold partial sums.
+    l1_bytes, l2_bytes : int
+        Cache of one core.
+    threads : int
+        Threads that share a kernel.
+    """
+
+    lanes: int
+    accumulators: int
+    l1_bytes: int
+    l2_bytes: int
+    threads: int
+
+    @classmethod
+    def of(cls, target: Target, threads: int) -> Machine:
+        """Return the machine that a target's table describes."""
+        return cls(
+            lanes=max(target.vector_bits // 32, 1),
+            accumulators=max(target.vector_registers - RESERVED_REGISTERS, 4),
+            l1_bytes=target.l1d_bytes,
+            l2_bytes=target.l2_bytes,
+            threads=threads,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """The register tile of a convolution or matrix product.
+
+    Parameters
+    ----------
+    rows, columns : int
+        Output pixels of the tile; for a matrix product, ``rows`` is 1 and ``columns`` counts rows
+        of the left matrix.
+    vectors : int
+        Vectors of output channels.
+    """
+
+    rows: int
+    columns: int
+    vectors: int
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """Return the divisors of a positive number in ascending order."""
+    return tuple(d for d in range(1, number + 1) if number % d == 0)
+
+
+def _cycles(machine: Machine, tile: Tile, *, weight_vectors_from_l2: bool) -> float:
+    pixels = tile.rows * tile.columns
+    multiply_adds = pixels * tile.vectors
+    loads = pixels + tile.vectors
+    stream = tile.vectors * machine.lanes * 4 / L2_BYTES_PER_CYCLE if weight_vectors_from_l2 else 0
+    return max(multiply_adds / FMA_PER_CYCLE, loads / 2, FMA_LATENCY, stream) + 0.5
+
+
+@cache
+def choose_tile(
+    machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int
+) -> Tile:
+    """Choose the register tile with the least modelled cycles.
+
+    The cost of a tile is ``steps x max(fma / 2, loads / 2, latency, weight bytes / L2 rate)``,
+    where a step is one input channel of one tap; ``rows x columns x vectors`` accumulators must
+    fit the registers, and two weight tiles must share two thirds of L2, so that the next one can
+    arrive while one is in use.
+
+    Parameters
+    ----------
+    machine : Machine
+        Registers, lanes and caches.
+    height, width : int
+        Output image; a matrix product has ``height=1`` and its rows as ``width``.
+    channels : int
+        Output channels.
+    depth : int
+        Input channels that are summed.
+    taps : int
+        Kernel positions, ``R x S``.
+
+    Returns
+    -------
+    Tile
+        ``columns`` need not divide ``width``: the caller rounds the width up.
+    """
+    best: tuple[float, int] | None = None
+    chosen = Tile(rows=1, columns=1, vectors=1)
+    for vectors in range(1, 9):
+        tiles = -(-channels // (machine.lanes * vectors))
+        weight_bytes = vectors * machine.lanes * 4 * depth * taps
+        if vectors > 1 and weight_bytes > machine.l2_bytes // 3:
+            continue
+        if vectors > 1 and machine.lanes * (vectors - 1) >= channels:
+            continue
+        from_l2 = weight_bytes > machine.l1_bytes // 2
+        for columns in range(1, min(width, machine.accumulators) + 1):
+            across = -(-width // columns)
+            for rows in divisors(height):
+                tile = Tile(rows=rows, columns=columns, vectors=vectors)
+                sums = rows * columns * vectors
+                if sums > machine.accumulators or (rows > 1 and across > 1):
+                    continue
+                cycles = _cycles(machine, tile, weight_vectors_from_l2=from_l2)
+                steps = tiles * (height // rows) * across
+                # A width that is no multiple of the tile costs a patch with extra columns.
+                ragged = 1.0 if across * columns == width else 1.03
+                cost = steps * (cycles * depth * taps + sums) * ragged
+                if best is None or (cost, -sums) < best:
+                    best, chosen = (cost, -sums), tile
+    return chosen
+
+
+@cache
+def choose_pixels(
+    machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int, vectors: int
+) -> tuple[int, int]:
+    """Choose ``(rows, columns)`` for weights that are packed in tiles of ``vectors`` already.
+
+    Both divide the (rounded) output image. See `choose_tile` for the model.
+    """
+    best: float | None = None
+    chosen = (1, 1)
+    for columns in divisors(width):
+        for rows in divisors(height):
+            sums = rows * columns * vectors
+            if sums > machine.accumulators or (rows > 1 and columns < width):
+                continue
+            tile = Tile(rows=rows, columns=columns, vectors=vectors)
+            cycles = _cycles(machine, tile, weight_vectors_from_l2=False)
+            cost = (height // rows) * (width // columns) * (cycles * depth * taps + sums)
+            if best is None or cost < best:
+                best, chosen = cost, (rows, columns)
+    return chosen
+
+
+@cache
+def choose_tasks(
+    machine: Machine,
+    *,
+    batch: int,
+    row_tiles: int,
+    channel_tiles: int,
+    weight_bytes: int,
+    input_bytes: int,
+    row_bytes: int,
+) -> tuple[int, int]:
+    """Choose how many parallel parts the row tiles and the channel tiles are cut into.
+
+    Threads share the smaller operand: they split channels where the weights are larger than the
+    input, else rows, in chunks whose input fits an eighth of L2.
+
+    Returns
+    -------
+    tuple of int
+        ``(row parts, channel parts)``; each divides its number of tiles.
+    """
+    threads = machine.threads
+    if weight_bytes > input_bytes and channel_tiles % threads == 0:
+        return 1, threads
+    for parts in divisors(row_tiles):
+        if (batch * parts) % threads == 0 and (
+            row_tiles // parts
+        ) * row_bytes <= machine.l2_bytes // 8:
+            return parts, 1
+    if channel_tiles % threads == 0:
+        return 1, threads
+    return row_tiles, channel_tiles

@@ -1,0 +1,64 @@
+"""Schedule of depthwise convolution and pooling over NHWC: no sum over channels."""
+
+from __future__ import annotations
+
+from tvm import s_tir
+from tvm.s_tir.schedule import SBlockRV
+
+from .blocks import extents, finish_output, output_block, read_shape, start_sums, vector_length
+from .machine import Machine, divisors
+
+# Output columns of one register tile: enough to hide the latency of a sum, few enough that the
+# unrolled window stays small (measured on 112x112 depthwise layers).
+MAX_COLUMNS = 8
+# Images of up to 7x7 follow convolutions that split channels across threads, larger ones
+# convolutions that split rows; splitting the same axis keeps data in the core's own cache.
+SMALL_IMAGE = 7 * 7
+
+
+def schedule_window(
+    schedule: s_tir.Schedule,
+    machine: Machine,
+    anchor: SBlockRV,
+    padding: SBlockRV | None,
+    blocks: list[SBlockRV],
+) -> None:
+    """Schedule a window sum or maximum with loops ``n, h, w, c, r, s``.
+
+    The padding is inlined, not copied; its bounds are marked likely, so that loop partitioning
+    frees the inner tiles of them.
+    """
+    output = output_block(schedule, anchor, blocks)
+    if padding is not None:
+        schedule.compute_inline(padding)
+    n, h, w, c, r, s = schedule.get_loops(anchor)
+    _batch, height, width, channels, taps_h, _ = extents(schedule, anchor)
+    lanes = vector_length(channels, machine.lanes)
+    columns = max(d for d in divisors(width) if d <= MAX_COLUMNS)
+    w_outer, w_inner = schedule.split(w, [None, columns])
+    c_outer, c_lane = schedule.split(c, [None, lanes])
+    in_height, in_width = read_shape(schedule, anchor, 0)[1:3]
+    stride = max(in_height // height, 1)
+    share = 1
+    if height % machine.threads == 0 and in_height * in_width > SMALL_IMAGE:
+        share = machine.threads
+    parts = next(
+        (
+            d
+            for d in divisors(height)
+            if d % share == 0
+            and ((height // d - 1) * stride + taps_h) * in_width * lanes * 4
+            <= machine.l1_bytes * 3 // 2
+        ),
+        height,
+    )
+    h_part, h_block = schedule.split(h, [parts, None])
+    schedule.reorder(n, h_part, c_outer, h_block, w_outer, r, s, w_inner, c_lane)
+    tasks = schedule.fuse(n, h_part, c_outer)
+    schedule.reverse_compute_at(output, w_outer, preserve_unit_loops=True)
+    schedule.parallel(tasks)
+    schedule.vectorize(c_lane)
+    for loop in (r, s, w_inner):
+        schedule.unroll(loop)
+    start_sums(schedule, anchor, r, outer_loops=3)
+    finish_output(schedule, output, outer_loops=3, lanes=machine.lanes)
