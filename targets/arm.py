@@ -16,9 +16,8 @@ GLIBC = "2.28"
 
 _RPI = "https://www.raspberrypi.com/documentation/computers/processors.html: {}"
 _TRM = "Arm {} Core Technical Reference Manual"
-_CRYPTO = (
-    "https://github.com/hrw/arm-socs-table (Features in /proc/cpuinfo of {}: no aes, pmull, sha)"
-)
+# Dumps of /proc/cpuinfo: what a chip's kernel reports, its missing cryptography included.
+_CPUINFO = "https://github.com/hrw/arm-socs-table, cpuinfo-data/{}"
 _GRAVITON = "https://github.com/aws/aws-graviton-getting-started/blob/main/README.md"
 _LLVM = "LLVM 22, llvm/lib/Target/AArch64/AArch64Processors.td"
 
@@ -126,7 +125,7 @@ TARGETS: tuple[Target, ...] = (
         sources=(
             _RPI.format("BCM2837"),
             _TRM.format("Cortex-A53"),
-            _CRYPTO.format("Raspberry Pi 3"),
+            _CPUINFO.format("raspberry-pi3b"),
             _LLVM,
         ),
     ),
@@ -142,7 +141,7 @@ TARGETS: tuple[Target, ...] = (
         sources=(
             _RPI.format("BCM2711"),
             _TRM.format("Cortex-A72"),
-            _CRYPTO.format("Raspberry Pi 4"),
+            _CPUINFO.format("raspberry-pi4"),
             _LLVM,
         ),
     ),
@@ -154,7 +153,12 @@ TARGETS: tuple[Target, ...] = (
         l1d=64 * _KIB,
         l2=512 * _KIB,
         l3=2 * _MIB,
-        sources=(_RPI.format("BCM2712"), _TRM.format("Cortex-A76"), _LLVM),
+        sources=(
+            _RPI.format("BCM2712"),
+            _TRM.format("Cortex-A76"),
+            _CPUINFO.format("raspberry-pi5"),
+            _LLVM,
+        ),
     ),
     _cpu(
         "jetson-orin",
@@ -188,7 +192,7 @@ TARGETS: tuple[Target, ...] = (
         l1d=64 * _KIB,
         l2=1 * _MIB,
         l3=32 * _MIB,
-        sources=(_GRAVITON, _TRM.format("Neoverse V1"), _LLVM),
+        sources=(_GRAVITON, _CPUINFO.format("graviton3"), _LLVM),
     ),
     _cpu(
         "graviton4",
@@ -200,7 +204,7 @@ TARGETS: tuple[Target, ...] = (
         l3=36 * _MIB,
         sources=(
             _GRAVITON,
-            "Chips and Cheese, 2024-07-22, Arm's Neoverse V2, in AWS's Graviton 4",
+            _CPUINFO.format("graviton4"),
             _LLVM,
         ),
     ),

@@ -152,7 +152,7 @@ def known(arch: str) -> frozenset[str]:
 
 
 def parse_cpuinfo(text: str) -> frozenset[str]:
-    """Flags that every processor of a /proc/cpuinfo has.
+    """Read the flags that every processor of a /proc/cpuinfo has.
 
     Parameters
     ----------

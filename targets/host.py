@@ -77,12 +77,13 @@ def parse_size(text: str) -> int:
     int
         Bytes.
     """
-    digits, unit = re.fullmatch(r"(\d+)([KMG]?)", text.strip()).groups()  # type: ignore[union-attr]
-    return int(digits) * _UNITS.get(unit, 1)
+    size = text.strip()
+    unit = _UNITS.get(size[-1:], 1)
+    return int(size.rstrip("".join(_UNITS))) * unit
 
 
 def _read(path: Path) -> str | None:
-    """A small kernel file's text, or None where this kernel or container has no such file."""
+    """Read a small kernel file; None where this kernel or container has no such file."""
     try:
         return path.read_text()
     except OSError:
@@ -171,7 +172,7 @@ def usable_cores(root: Path = _SYSTEM) -> int:
 
 
 def caches(processor: int, root: Path = _SYSTEM) -> Caches:
-    """Data caches of the core of a processor.
+    """Read the data caches of a processor's core.
 
     Parameters
     ----------
