@@ -1,0 +1,188 @@
+"""Latency by interleaved rounds, with a bootstrap interval and a threshold for noise.
+
+The speed of a shared machine swings by a factor of two between minutes, so two contenders are
+only ever compared inside one run: in each round every contender runs one block, in turn, and the
+ratio of two contenders is taken round by round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+
+# A ratio closer to 1 than this is called noise whatever its interval says: repeated A/A runs of
+# one package on the machines used so far differ by up to this much.
+NOISE = 0.02
+# Resamples of the bootstrap (Efron and Tibshirani 1993 ask for at least 1000 for intervals).
+RESAMPLES = 2000
+# Threads of a peer's pool go on spinning for a moment after its last run.
+SETTLE_S = 0.002
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """How often to run.
+
+    Parameters
+    ----------
+    rounds : int
+        Interleaved rounds.
+    runs : int
+        Runs of each contender in one round.
+    warmup : int
+        Runs at the start of each block that are dropped.
+    """
+
+    rounds: int = 10
+    runs: int = 10
+    warmup: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Time of one run.
+
+    Parameters
+    ----------
+    median_ms, p90_ms : float
+        Over all samples.
+    ci95_ms : tuple of float
+        Bootstrap interval of the median.
+    samples : int
+        Runs that counted.
+    """
+
+    median_ms: float
+    p90_ms: float
+    ci95_ms: tuple[float, float]
+    samples: int
+
+
+class Outcome(StrEnum):
+    """What a comparison of two contenders says."""
+
+    FASTER = "faster"
+    SLOWER = "slower"
+    NOISE = "noise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speedup:
+    """How many times faster one contender is than another.
+
+    Parameters
+    ----------
+    ratio : float
+        Median over rounds of ``time of the other / time of this``; above 1 is faster.
+    ci95 : tuple of float
+        Bootstrap interval over rounds.
+    """
+
+    ratio: float
+    ci95: tuple[float, float]
+
+    @property
+    def outcome(self) -> Outcome:
+        """Faster or slower only where the interval excludes 1 and the ratio exceeds the noise."""
+        if self.ci95[0] > 1 and self.ratio > 1 + NOISE:
+            return Outcome.FASTER
+        if self.ci95[1] < 1 and self.ratio < 1 / (1 + NOISE):
+            return Outcome.SLOWER
+        return Outcome.NOISE
+
+
+class Contender(Protocol):
+    """Something that can run a block and time each run itself, such as another process."""
+
+    def block(self, runs: int) -> list[float]:
+        """Run ``runs`` times and return the seconds of each."""
+        ...
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """A contender that is a function of this process."""
+
+    run: Callable[[], object]
+
+    def block(self, runs: int) -> list[float]:
+        """Run ``runs`` times and return the seconds of each."""
+        seconds = []
+        for _ in range(runs):
+            start = time.perf_counter_ns()
+            self.run()
+            seconds.append((time.perf_counter_ns() - start) * 1e-9)
+        return seconds
+
+
+def _bootstrap_median(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95% percentile interval of the median of ``values``."""
+    generator = np.random.default_rng(seed)
+    picks = generator.integers(0, len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """All samples of one interleaved run.
+
+    Parameters
+    ----------
+    seconds : mapping of str to array
+        For each contender ``[rounds, runs - warmup]``.
+    """
+
+    seconds: Mapping[str, np.ndarray]
+
+    def latency(self, name: str) -> Latency:
+        """Return the statistics of a contender."""
+        samples = self.seconds[name].ravel() * 1e3
+        return Latency(
+            median_ms=float(np.median(samples)),
+            p90_ms=float(np.percentile(samples, 90)),
+            ci95_ms=_bootstrap_median(samples),
+            samples=len(samples),
+        )
+
+    def speedup(self, name: str, *, over: str) -> Speedup:
+        """Return how many times faster ``name`` is than ``over``."""
+        ratios = np.median(self.seconds[over], axis=1) / np.median(self.seconds[name], axis=1)
+        return Speedup(ratio=float(np.median(ratios)), ci95=_bootstrap_median(ratios))
+
+
+def measure(
+    contenders: Mapping[str, Contender],
+    rounds: Rounds | None = None,
+    *,
+    on_round: Callable[[int], None] | None = None,
+) -> Measurement:
+    """Run all contenders in interleaved rounds.
+
+    Parameters
+    ----------
+    contenders : mapping of str to Contender
+        What to compare.
+    rounds : Rounds, optional
+        How often; 10 rounds of 10 runs, the first 3 of each block dropped.
+    on_round : callable, optional
+        Called with the number of rounds done.
+
+    Returns
+    -------
+    Measurement
+    """
+    plan = rounds or Rounds()
+    samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    for done in range(plan.rounds):
+        for name, contender in contenders.items():
+            time.sleep(SETTLE_S)
+            samples[name].append(contender.block(plan.runs)[plan.warmup :])
+        if on_round is not None:
+            on_round(done + 1)
+    return Measurement(seconds={name: np.array(rows) for name, rows in samples.items()})
