@@ -15,6 +15,7 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from hone.errors import ModelError
+from hone.passes import ffi_errors as ffi_errors  # a pass must be able to raise
 
 PART = "@"
 """Stands between a layer's binding name and the operator of a part: ``conv1@conv2d``."""
