@@ -11,11 +11,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from hone.errors import UsageError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from hone.errors import UsageError
 
 if TYPE_CHECKING:
     from hone.measure import Latency as Measured
+    from hone.measure import Speedup
 
 SCHEMA_ID = "hone.report/1"
 
@@ -69,6 +71,11 @@ class Comparison(Row):
 
     ratio: Ratio
     ci95: tuple[Ratio, Ratio] | None = None
+
+    @classmethod
+    def of(cls, speedup: Speedup) -> Self:
+        """Take over what a measurement says of two contenders."""
+        return cls(ratio=speedup.ratio, ci95=speedup.ci95)
 
 
 class Skipped(Row):

@@ -1,0 +1,137 @@
+"""The command line: finds the verb, and turns every error into one text and one exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+import hone
+from hone.cli.command import ENVIRONMENT_PREFIX, write_example
+from hone.errors import HoneError, InterruptError
+
+VERBS = {
+    "build": "Run a recipe: compress, measure, keep what is better, package.",
+    "check": "Say whether a model can be compiled, with all problems at once.",
+    "compile": "Compile an ONNX model into a package.",
+    "tune": "Search for better schedules and keep them in a database.",
+    "inspect": "Show what a model or a package holds.",
+    "verify": "Prove a package: hashes, processor features, golden outputs.",
+    "run": "Run a package on inputs.",
+    "bench": "Measure models and packages, interleaved with other runtimes.",
+    "report": "Show a build report, convert it, or compare two.",
+    "target": "List targets and show their facts.",
+    "db": "Look into a tuning database.",
+    "passes": "List the passes in the order in which they run.",
+    "doctor": "Check what this machine can do, and say what is missing.",
+}
+"""Every verb, ``hone.cli.<name>`` with a command of that name, and its line in the help."""
+
+EXAMPLE = """\
+hone build hone.toml
+hone compile net.onnx --target host --threads 2 -o net.hone
+hone bench net.hone --vs onnxruntime"""
+
+
+class Hone(click.Group):
+    """The group of verbs; imports only the one that runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order of their use."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a verb."""
+        if cmd_name not in VERBS:
+            return None
+        command = getattr(import_module(f"hone.cli.{cmd_name}"), cmd_name)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"hone.cli.{cmd_name}.{cmd_name} is no command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs without importing any."""
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples and what holds for every verb."""
+        write_example(formatter, EXAMPLE)
+        formatter.write_paragraph()
+        formatter.write_text(
+            "Each option can stand in the environment: --threads as HONE_THREADS. "
+            "The result goes to stdout, progress to stderr."
+        )
+
+
+@click.command(cls=Hone, context_settings={"max_content_width": 100})
+@click.version_option(hone.__version__, prog_name="hone", message="%(prog)s %(version)s")
+def hone_command() -> None:
+    """Make a trained ONNX model smaller and faster, and keep only what was measured better."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Without the program's name; ``sys.argv`` when not given.
+
+    Returns
+    -------
+    int
+        The exit code.
+    """
+    debug = os.environ.get("HONE_DEBUG", "") not in {"", "0"}
+    try:
+        code = hone_command.main(
+            args=None if arguments is None else list(arguments),
+            prog_name="hone",
+            standalone_mode=False,
+            auto_envvar_prefix=ENVIRONMENT_PREFIX,
+        )
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of stdout has left; the interpreter must not fail at its last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, click.Abort):
+        return _say(debug, "interrupted", InterruptError.exit_code)
+    except click.ClickException as error:
+        if debug:
+            traceback.print_exc()
+        error.show()
+        return error.exit_code
+    except HoneError as error:
+        return _say(debug, str(error), error.exit_code)
+    except Exception as error:  # noqa: BLE001  (the last resort: one line instead of a traceback)
+        return _say(
+            debug,
+            f"internal: {type(error).__name__}: {_first_line(error)}\n"
+            "  hint: this is a bug in hone; set HONE_DEBUG=1 for the traceback and report it",
+            1,
+        )
+    return code if isinstance(code, int) else 0
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: the console script ``hone``."""
+    sys.exit(run())
+
+
+def _say(debug: bool, text: str, code: int) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"error: {text}", err=True)
+    return code
+
+
+def _first_line(error: Any) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"

@@ -1,0 +1,80 @@
+"""Options and their types that several verbs share."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
+
+
+def duration(text: str) -> float:
+    """Return the seconds of a time such as ``90``, ``60s``, ``10m`` or ``1.5h``."""
+    match = re.fullmatch(_NUMBER + r"\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
+        raise click.BadParameter(f"required is a time such as 60s, 10m or 1h, given is {text!r}")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def percentage(text: str) -> float:
+    """Return the fraction of a share such as ``3%`` or ``0.03``."""
+    match = re.fullmatch(_NUMBER + r"\s*(%?)", text.strip())
+    if match is None:
+        raise click.BadParameter(f"required is a share such as 3% or 0.03, given is {text!r}")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
+def names(*choices: str) -> Callable[[str], tuple[str, ...]]:
+    """Return a type that reads names with commas between them, each once, in their order."""
+
+    def names(text: str) -> tuple[str, ...]:
+        given = text.replace(" ", "").split(",")
+        for name in given:
+            if name not in choices:
+                known = ", ".join(choices)
+                raise click.BadParameter(f"required are names of {known}, given is {name!r}")
+        return tuple(dict.fromkeys(given))
+
+    return names
+
+
+def default_threads() -> int:
+    """Return 2, or the cores that this process may use where there are fewer."""
+    return min(2, len(os.sched_getaffinity(0)))
+
+
+PATH = click.Path(path_type=Path)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+shape = click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME:[D,D,...]",
+    help="Static shape of an input; repeat for several inputs.",
+)
+
+target = click.option(
+    "--target",
+    default="host",
+    metavar="NAME",
+    show_default=True,
+    help="As `hone target list` prints it.",
+)
+
+threads = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=default_threads,
+    metavar="N",
+    show_default="2, or the cores there are",
+    help="Threads of one run.",
+)
+
+database = click.option("--database", type=PATH, metavar="DIR", help="Folder of tuning records.")
