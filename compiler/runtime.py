@@ -1,0 +1,279 @@
+"""Run packages in this process, without the compiler: neither ``tvm`` nor ``onnx`` is imported.
+
+``tvm_ffi`` and ``libtvm_runtime.so`` suffice. Before any code is mapped the package is checked for
+damage and against this machine; then the library is mapped from the very bytes that were checked.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hone.targets import features
+
+from .errors import PackageError, UsageError
+from .manifest import Manifest
+from .package import Package
+from .signature import Signature, TensorSpec
+from .tvm_runtime import Threads, TVMRuntime, tvm_runtime
+
+# Generated code loads and stores whole vectors at addresses that it takes for multiples of this
+# (kAllocAlignment in tvm/runtime/device_api.h).
+ALIGNMENT_BYTES = 64
+
+_CPU = 1  # kDLCPU of DLPack
+_POOLED = 2  # AllocatorType::kPooled of tvm/runtime/memory/memory_manager.h
+
+
+def load(source: str | os.PathLike[str] | bytes | Package, threads: int | None = None) -> Runner:
+    """Make a package ready to run.
+
+    Parameters
+    ----------
+    source : path, bytes or Package
+        The package.
+    threads : int, optional
+        Threads that kernels run on, the calling thread included; the manifest's default
+        otherwise. More than this process may use are not given: a warning says so, and
+        `Runner.threads` tells how many there are.
+
+    Returns
+    -------
+    Runner
+        Call its ``run``.
+
+    Raises
+    ------
+    UsageError
+        If the file cannot be opened, or `threads` is not positive.
+    PackageError
+        If the package is damaged, or this machine cannot run it; nothing of it was mapped then.
+    ToolchainError
+        If TVM's runtime library is missing.
+    """
+    package = source if isinstance(source, Package) else Package.read(source)
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be at least 1, not {threads}.")
+    _check_machine(package.manifest)
+    runtime = tvm_runtime()
+    _check_version(package.manifest, runtime)
+    if package.manifest.needs_runtime_extra:
+        runtime.require_extra()
+    if any(name.startswith("amx-") for name in package.manifest.target.features):
+        features.request_tiles()
+    return Runner(package, _grant(threads, package.manifest.target.threads), runtime)
+
+
+class Runner:
+    """A package in memory, ready to run from any thread.
+
+    Calls from several threads are taken one after the other.
+
+    Parameters
+    ----------
+    package : Package
+        Checked against this machine by `load`.
+    threads : int
+        Threads that kernels run on.
+    runtime : TVMRuntime
+        The loaded runtime library.
+    """
+
+    def __init__(self, package: Package, threads: int, runtime: TVMRuntime) -> None:
+        self._manifest = package.manifest
+        self._signature = package.signature
+        self._threads = Threads(threads, runtime)
+        # The virtual machine keeps its program counter and its frames in itself.
+        self._lock = threading.Lock()
+        machine = runtime.load_library(package.library)["vm_load_executable"]()
+        machine["vm_initialization"](_CPU, 0, _POOLED)
+        self._main: Callable[..., Any] = machine["main"]
+        self._staging = tuple(_Staging(spec, runtime) for spec in self._signature.inputs)
+        self._runtime = runtime
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the package says about itself."""
+        return self._manifest
+
+    @property
+    def signature(self) -> Signature:
+        """Inputs and outputs."""
+        return self._signature
+
+    @property
+    def threads(self) -> int:
+        """Threads that kernels run on, the calling thread included."""
+        return self._threads.count
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the model once.
+
+        Parameters
+        ----------
+        inputs : mapping of str to ndarray
+            By ONNX name, of the signature's dtypes and shapes; any alignment, strides or byte
+            order. They are copied.
+
+        Returns
+        -------
+        dict of str to ndarray
+            New arrays by ONNX name, which belong to the caller.
+
+        Raises
+        ------
+        UsageError
+            If the inputs do not fit the signature.
+        """
+        self._signature.check_inputs(inputs)
+        with self._lock:
+            for staging in self._staging:
+                staging.fill(inputs[staging.name])
+            result = self._threads.call(self._main, [staging.tensor for staging in self._staging])
+            return self._collect(result)
+
+    def prepare(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], None]:
+        """Bind inputs, so that what a call costs is the model alone.
+
+        Parameters
+        ----------
+        inputs : mapping of str to ndarray
+            As for `run`; copied now.
+
+        Returns
+        -------
+        callable
+            Runs the model on these inputs and drops the outputs.
+
+        Raises
+        ------
+        UsageError
+            If the inputs do not fit the signature.
+        """
+        self._signature.check_inputs(inputs)
+        bound = [_Staging(spec, self._runtime) for spec in self._signature.inputs]
+        for staging in bound:
+            staging.fill(inputs[staging.name])
+        tensors = [staging.tensor for staging in bound]
+        lock, threads, main = self._lock, self._threads, self._main
+
+        def call() -> None:
+            with lock:
+                threads.call(main, tensors)
+
+        return call
+
+    def _collect(self, result: Any) -> dict[str, np.ndarray]:
+        """Copy the results: they may be views of weights, of inputs, or of one another."""
+        specs = self._signature.outputs
+        tensors: Sequence[Any] = [result] if hasattr(result, "__dlpack__") else list(result)
+        if len(tensors) != len(specs):
+            raise PackageError(
+                f"the package's manifest lists {len(specs)} outputs, its code returned "
+                f"{len(tensors)}.",
+                hint="rebuild it with `hone compile`.",
+            )
+        outputs = {}
+        for spec, tensor in zip(specs, tensors, strict=True):
+            array = np.array(np.from_dlpack(tensor), copy=True)
+            if array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
+                raise PackageError(
+                    f"the package's manifest lists output {spec}, its code returned "
+                    f"{array.dtype}{list(array.shape)}.",
+                    hint="rebuild it with `hone compile`.",
+                )
+            outputs[spec.name] = array
+        return outputs
+
+
+class _Staging:
+    """An aligned buffer that one input is copied to, and the tensor that stands on it."""
+
+    def __init__(self, spec: TensorSpec, runtime: TVMRuntime) -> None:
+        self.name = spec.name
+        self._array = aligned_empty(spec.shape, np.dtype(spec.dtype))
+        self.tensor = runtime.from_dlpack(self._array, require_alignment=ALIGNMENT_BYTES)
+
+    def fill(self, array: np.ndarray) -> None:
+        np.copyto(self._array, array, casting="equiv")
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Return an uninitialized C-ordered array that begins at a multiple of 64 bytes.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Dimensions.
+    dtype : numpy.dtype
+        Native byte order.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT_BYTES, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT_BYTES
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _check_machine(manifest: Manifest) -> None:
+    """Refuse code that this processor or its C library cannot run."""
+    target = manifest.target
+    rebuild = "rebuild it for this machine: `hone compile --target host`."
+    if (machine := features.machine()) != target.arch:
+        raise PackageError(
+            f"the package was built for {target.arch} (target {target.name}); this machine is "
+            f"{machine}.",
+            hint=rebuild,
+        )
+    if missing := features.missing(target.features, target.arch):
+        raise PackageError(
+            f"the package was built for {', '.join(target.features)} (target {target.name}); "
+            f"this CPU lacks {', '.join(missing)}.",
+            hint=f"{rebuild[:-1]}, or for a named one: `--target x86-64-v3`."
+            if target.arch == "x86_64"
+            else rebuild,
+        )
+    name, version = platform.libc_ver()
+    if target.glibc is not None and (name != "glibc" or _release(version) < _release(target.glibc)):
+        raise PackageError(
+            f"the package needs glibc {target.glibc} or newer; this machine has "
+            f"{name or 'another C library'} {version}".rstrip()
+            + ".",
+            hint=rebuild,
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _check_version(manifest: Manifest, runtime: TVMRuntime) -> None:
+    """Require the TVM that wrote the code: its formats change between releases."""
+    required = manifest.versions.tvm
+    if runtime.version != required:
+        raise PackageError(
+            f"the package was built with TVM {required}; TVM {runtime.version} is installed.",
+            hint=f"pip install apache-tvm=={required} "
+            f"apache-tvm-ffi=={manifest.versions.tvm_ffi}, or rebuild the package.",
+        )
+
+
+def _grant(requested: int | None, default: int) -> int:
+    """Return how many threads a runner gets, and say so when these are fewer than wanted."""
+    wanted = default if requested is None else requested
+    usable = len(os.sched_getaffinity(0))
+    if wanted <= usable:
+        return wanted
+    source = "the package's default is" if requested is None else "asked were"
+    warnings.warn(
+        f"{source} {wanted} threads; this process may use {usable} processors and runs on so "
+        "many threads.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return usable
