@@ -24,6 +24,16 @@ _BIAS_STD = 0.1
 _CENTERING = 0.8
 
 
+def image_input(graph: GraphBuilder) -> Value:
+    """Declare the input ``image`` [1, 3, 224, 224], normalized: unit variance, means near 0.
+
+    The means that the statistics expect are not exactly 0, as no data set's are; else the first
+    running means all were.
+    """
+    moments = Moments(mean=np.array([0.05, -0.03, 0.02]), variance=np.ones(3))
+    return graph.input("image", (1, 3, 224, 224), moments=moments)
+
+
 def _positions(
     size: int, kernel: int, stride: int, padding: int
 ) -> tuple[int, NDArray[np.float64]]:
@@ -64,7 +74,7 @@ def conv(
     if x.moments is not None:
         moments = x.moments.conv(weight, groups, np.outer(inside_height, inside_width))
     with graph.scope(name):
-        inputs = [x, graph.parameter("weight", weight)]
+        inputs: list[Value | str] = [x, graph.parameter("weight", weight)]
         if bias:
             shift = graph.normal((channels,), _BIAS_STD)
             inputs.append(graph.parameter("bias", shift))

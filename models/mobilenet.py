@@ -12,10 +12,10 @@ from hone.models.layers import (
     conv,
     flatten,
     global_average_pool,
+    image_input,
     linear,
     relu6,
 )
-from hone.models.moments import Moments
 
 # Expansion factor, output channels, repetitions, first stride: table 2 of the paper.
 _STAGES = (
@@ -32,7 +32,7 @@ _STAGES = (
 def mobilenetv2(seed: int) -> onnx.ModelProto:
     """Build MobileNetV2, 3.50 M parameters: ``image`` [1, 3, 224, 224] → ``logits`` [1, 1000]."""
     graph = GraphBuilder("mobilenetv2", seed)
-    x = graph.input("image", (1, 3, 224, 224), moments=Moments.of(3))
+    x = image_input(graph)
     with graph.scope("features"):
         with graph.scope("0"):
             x = _conv_bn_relu6(graph, x, 32, 3, stride=2)

@@ -14,11 +14,11 @@ from hone.models.layers import (
     conv,
     flatten,
     global_average_pool,
+    image_input,
     linear,
     max_pool,
     relu,
 )
-from hone.models.moments import Moments
 
 
 def resnet18(seed: int) -> onnx.ModelProto:
@@ -36,7 +36,7 @@ def resnet50(seed: int) -> onnx.ModelProto:
 
 def _resnet(name: str, seed: int, *, blocks: Sequence[int], bottleneck: bool) -> onnx.ModelProto:
     graph = GraphBuilder(name, seed)
-    x = graph.input("image", (1, 3, 224, 224), moments=Moments.of(3))
+    x = image_input(graph)
     x = batch_norm(graph, conv(graph, x, 64, 7, stride=2, name="conv1"), name="bn1")
     x = max_pool(graph, relu(graph, x), 3, stride=2, padding=1, name="maxpool")
     for stage, count in enumerate(blocks):
