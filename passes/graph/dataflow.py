@@ -173,13 +173,9 @@ class Rebuilder:
                 live.update(variables(binding.value))
                 kept.append(binding)
         kept.reverse()
-        body = self._builder.normalize(body)
+        result = self._builder.normalize(relax.SeqExpr([relax.DataflowBlock(kept)], body))
         return relax.Function(
-            self._params,
-            relax.SeqExpr([relax.DataflowBlock(kept)], body),
-            body.ty,
-            self._function.is_pure,
-            self._function.attrs,
+            self._params, result, result.ty, self._function.is_pure, self._function.attrs
         )
 
 
