@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -23,7 +23,7 @@ from .archive import is_safe_name
 from .errors import PackageError
 from .signature import Signature, TensorSpec
 
-SCHEMA = "hone.package/1"
+SCHEMA: Final = "hone.package/1"
 MANIFEST = "manifest.json"
 LIBRARY = "lib.so"
 

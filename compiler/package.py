@@ -136,6 +136,38 @@ class Package:
         )
         return cls(manifest=manifest, members=members)
 
+    def with_evidence(
+        self,
+        *,
+        golden: Sequence[Golden],
+        recipe: Mapping[str, object],
+        accuracy: AccuracyEntry | None = None,
+        tuning: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> Package:
+        """Return the same code with other golden samples, recipe, accuracy and tuning records.
+
+        Parameters
+        ----------
+        golden, recipe, accuracy, tuning
+            As for `create`; they replace what this package holds.
+        """
+        manifest = self.manifest
+        return Package.create(
+            library=self.library,
+            signature=self.signature,
+            target=manifest.target,
+            precision=manifest.precision,
+            weights_bytes=manifest.weights_bytes,
+            kernels=manifest.kernels,
+            provenance=manifest.provenance,
+            golden=golden,
+            tolerance=manifest.golden.tolerance,
+            recipe=recipe,
+            accuracy=accuracy,
+            needs_runtime_extra=manifest.needs_runtime_extra,
+            tuning=tuning,
+        )
+
     @classmethod
     def read(cls, source: str | os.PathLike[str] | bytes) -> Package:
         """Read a package and check every bit of it.
@@ -164,7 +196,8 @@ class Package:
         try:
             return cls._parse(data)
         except PackageError as error:
-            raise PackageError(error.message, where=str(path), hint=error.hint) from error
+            where = f"{path}: {error.where}" if error.where else str(path)
+            raise PackageError(error.message, where=where, hint=error.hint) from error
 
     @classmethod
     def _parse(cls, data: bytes) -> Package:
