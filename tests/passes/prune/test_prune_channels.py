@@ -74,7 +74,10 @@ class Weights:
                 s = emit(relax.op.add(a, b), "sum")
                 c = emit(nn.conv2d(s, const(self.c)), "c")
                 norm = emit(
-                    nn.batch_norm(c, *map(const, self.statistics), axis=1, epsilon=0.0), "bn"
+                    nn.batch_norm(
+                        c, *map(const, self.statistics), axis=1, epsilon=0.0, training=False
+                    ),
+                    "bn",
                 )
                 c = emit(relax.TupleGetItem(norm, 0), "bn_y")
                 joined = emit(relax.op.concat([s, c], axis=1), "cat")
