@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -33,7 +33,7 @@ def names(*choices: str) -> Callable[[str], tuple[str, ...]]:
     """Return a type that reads names with commas between them, each once, in their order."""
 
     def names(text: str) -> tuple[str, ...]:
-        given = text.replace(" ", "").split(",")
+        given = [name for name in text.replace(" ", "").split(",") if name]
         for name in given:
             if name not in choices:
                 known = ", ".join(choices)
@@ -47,6 +47,16 @@ def default_threads() -> int:
     """Return 2, or the cores that this process may use where there are fewer."""
     return min(2, len(os.sched_getaffinity(0)))
 
+
+def read_shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each input that a ``--shape`` names."""
+    from hone.importer import parse_shape
+
+    return dict(map(parse_shape, given))
+
+
+DATABASE = Path(".hone", "tuning")
+"""Where tuning records go when nothing else is said."""
 
 PATH = click.Path(path_type=Path)
 
@@ -77,4 +87,9 @@ threads = click.option(
     help="Threads of one run.",
 )
 
-database = click.option("--database", type=PATH, metavar="DIR", help="Folder of tuning records.")
+database = click.option(
+    "--database",
+    type=PATH,
+    metavar="DIR",
+    help=f"Folder of tuning records; default for tuning: {DATABASE}.",
+)

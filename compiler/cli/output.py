@@ -6,11 +6,14 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hone.errors import UsageError
+
+if TYPE_CHECKING:
+    from hone.signature import TensorSpec
 
 
 def write_json(data: Any) -> None:
@@ -21,6 +24,23 @@ def write_json(data: Any) -> None:
 def note(message: str) -> None:
     """Print a line for the person at the terminal."""
     click.echo(message, err=True)
+
+
+def tensor(spec: TensorSpec) -> dict[str, Any]:
+    """Return an input or output as JSON data."""
+    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+def size(count: int | None) -> str:
+    """Return a number of bytes for people."""
+    from hone.report.numbers import size
+
+    return size(count)
+
+
+def figure(value: float | None) -> str:
+    """Return a number with four significant digits; ``-`` for None."""
+    return "-" if value is None else f"{value:.4g}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> None:

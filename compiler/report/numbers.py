@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from hone.report.schema import Comparison, Latency, Report, StepRow
+if TYPE_CHECKING:
+    from hone.report.schema import Comparison, Latency, Report, StepRow
 
 NOTHING = "-"
 """Stands where nothing was measured."""

@@ -6,7 +6,6 @@ CI jobs and benchmarks read this file: fields are only ever added within ``hone.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -245,7 +244,7 @@ class Report(Row):
             ) from error
 
 
-def json_schema() -> Mapping[str, Any]:
+def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of ``report.json``."""
     schema = Report.model_json_schema(by_alias=True, mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": SCHEMA_ID}

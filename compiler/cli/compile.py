@@ -1,0 +1,89 @@
+"""``hone compile``: a model into a package, as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hone.cli import options, output
+from hone.cli.command import verb
+
+
+@verb(
+    "compile",
+    example="hone compile net.onnx --target host --threads 2 -o net.hone\n"
+    "hone compile net.onnx --target rpi4 -o net.hone\n"
+    "hone compile net.onnx --precision int8 --calibration data.npz --tune 10m -o net.hone",
+)
+@click.argument("model", type=options.PATH, metavar="MODEL.onnx")
+@click.option(
+    "-o",
+    "--output",
+    "to",
+    type=options.PATH,
+    required=True,
+    metavar="OUT.hone",
+    help="To write.",
+)
+@options.target
+@options.threads
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="Lowest precision of the kernels.",
+)
+@click.option("--calibration", metavar="DATA", help="Samples that int8 takes its ranges from.")
+@options.shape
+@click.option("--tune", type=options.duration, metavar="TIME", help="Search so long first.")
+@options.database
+@click.option("--locked", is_flag=True, help="Exit 9 when a kernel has no tuning record.")
+@options.as_json
+def compile(
+    model: Path,
+    to: Path,
+    target: str,
+    threads: int,
+    precision: str,
+    calibration: str | None,
+    shapes: tuple[str, ...],
+    tune: float | None,
+    database: Path | None,
+    locked: bool,
+    as_json: bool,
+) -> None:
+    """Compile a model into a package, checked against onnxruntime."""
+    from hone import driver
+    from hone.importer import load
+    from hone.progress import console
+
+    if not to.absolute().parent.is_dir():
+        raise click.UsageError(f"The folder of -o {to} does not exist.")
+    package = driver.compile(
+        load(model, options.read_shapes(shapes)),
+        target=target,
+        threads=threads,
+        precision=precision,
+        tune_seconds=tune,
+        database=database,
+        locked=locked,
+        calibration=calibration,
+        progress=console(),
+    )
+    package.save(to)
+    facts = {
+        "path": str(to),
+        "target": target,
+        "threads": threads,
+        "precision": precision,
+        "weights_bytes": package.weights_bytes,
+        "package_bytes": package.size_bytes,
+        "kernels": len(package.manifest.kernels),
+    }
+    if as_json:
+        output.write_json(facts)
+        return
+    weights, whole = output.size(package.weights_bytes), output.size(package.size_bytes)
+    click.echo(f"{to}: {whole}, {weights} of it weights, {precision} for {target}")
