@@ -10,16 +10,19 @@ import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hone.errors import ToolchainError
 
 from . import arm, x86
+from .container import cpu_quota
 from .features import available, known, machine
 from .target import Target
 
 _SYSTEM = Path("/")
+# Placeholders of what :func:`detect` measures.
+_UNKNOWN = {"cores": 1, "l1d_bytes": 0, "l2_bytes": 0, "l3_bytes": 0}
 _UNITS = {"K": 1024, "M": 1024**2, "G": 1024**3}
 # What every 64-bit x86 and ARM core of the last ten years has at least.
 _LEAST_L1D_BYTES, _LEAST_L2_BYTES = 32 * 1024, 256 * 1024
@@ -119,40 +122,6 @@ def physical_cores(processors: Collection[int], root: Path = _SYSTEM) -> int:
     return len({_siblings(root, processor) for processor in processors})
 
 
-def cpu_quota(root: Path = _SYSTEM) -> float | None:
-    """Processors' worth of time that the container grants.
-
-    Parameters
-    ----------
-    root : pathlib.Path
-        Where ``sys`` and ``proc`` are; for tests.
-
-    Returns
-    -------
-    float or None
-        The smallest limit on the way from this process's control group to the top, version 2
-        (``cpu.max``) and version 1 (``cpu.cfs_quota_us``); None without a limit.
-    """
-    limits: list[float] = []
-    base = root / "sys/fs/cgroup"
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = base / "cpu" if controllers else base
-        inside = top / group.lstrip("/")
-        for folder in (inside, *inside.parents):
-            if not folder.is_relative_to(top):
-                break
-            quota = _read(folder / "cpu.cfs_quota_us") if controllers else None
-            period = _read(folder / "cpu.cfs_period_us") if controllers else None
-            if not controllers and (limit := _read(folder / "cpu.max")):
-                quota, period = limit.split()
-            if quota and period and quota.strip() != "max" and int(quota) > 0:
-                limits.append(int(quota) / int(period))
-    return min(limits, default=None)
-
-
 def usable_cores(root: Path = _SYSTEM) -> int:
     """Physical cores that this process may keep busy.
 
@@ -218,6 +187,40 @@ def arm_core(cpuinfo: str) -> str:
     return cores.pop() if len(cores) == 1 else "generic"
 
 
+def _x86(usable: frozenset[str]) -> Target:
+    vector_bits, vector_registers = x86.vectors_of(usable)
+    return Target(
+        name="host",
+        kind="cpu",
+        arch="x86_64",
+        triple=x86.TRIPLE,
+        mcpu=x86.level_of(usable),
+        features=tuple(sorted({*usable, *x86.LEVELS["x86-64"]})),
+        vector_bits=vector_bits,
+        vector_registers=vector_registers,
+        tensor_instructions=x86.tensor_instructions_of(usable),
+        sources=("xgetbv", "arch_prctl"),
+        **_UNKNOWN,
+    )
+
+
+def _arm(usable: frozenset[str]) -> Target:
+    return Target(
+        name="host",
+        kind="cpu",
+        arch="aarch64",
+        triple=arm.TRIPLE,
+        mcpu=arm_core(_read(Path("/proc/cpuinfo")) or ""),
+        features=tuple(sorted(usable)),
+        disabled=tuple(sorted(known("aarch64") - usable)),
+        vector_bits=arm.VECTOR_BITS,
+        vector_registers=arm.VECTOR_REGISTERS,
+        tensor_instructions=arm.tensor_instructions_of(usable),
+        sources=("getauxval",),
+        **_UNKNOWN,
+    )
+
+
 def detect() -> Target:
     """Target that stands for this machine.
 
@@ -242,37 +245,12 @@ def detect() -> Target:
     sources = ["/proc/cpuinfo", "/sys/devices/system/cpu", "sched_getaffinity", "cgroup cpu limit"]
     if not found.l1d_bytes or not found.l2_bytes:
         sources.append("caches: not reported by sysfs, the least that such cores have")
-    if arch == "x86_64":
-        level = x86.level_of(usable)
-        vector_bits, vector_registers = x86.vectors_of(usable)
-        identity = {
-            "arch": "x86_64",
-            "triple": x86.TRIPLE,
-            "mcpu": level,
-            "features": tuple(sorted({*usable, *x86.LEVELS["x86-64"]})),
-            "vector_bits": vector_bits,
-            "vector_registers": vector_registers,
-            "tensor_instructions": x86.tensor_instructions_of(usable),
-            "sources": ("xgetbv", "arch_prctl", *sources),
-        }
-    else:
-        identity = {
-            "arch": "aarch64",
-            "triple": arm.TRIPLE,
-            "mcpu": arm_core(_read(Path("/proc/cpuinfo")) or ""),
-            "features": tuple(sorted(usable)),
-            "disabled": tuple(sorted(known(arch) - usable)),
-            "vector_bits": arm.VECTOR_BITS,
-            "vector_registers": arm.VECTOR_REGISTERS,
-            "tensor_instructions": arm.tensor_instructions_of(usable),
-            "sources": ("getauxval", *sources),
-        }
-    return Target(
-        name="host",
-        kind="cpu",
+    template = _x86(usable) if arch == "x86_64" else _arm(usable)
+    return replace(
+        template,
         cores=usable_cores(),
         l1d_bytes=found.l1d_bytes or _LEAST_L1D_BYTES,
         l2_bytes=found.l2_bytes or _LEAST_L2_BYTES,
         l3_bytes=found.l3_bytes,
-        **identity,  # type: ignore[arg-type]
+        sources=(*template.sources, *sources),
     )
