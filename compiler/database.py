@@ -1,0 +1,520 @@
+"""The tuning database: MetaSchedule records, a folder per target, threads and TVM version.
+
+The files are those of ``meta_schedule.database.JSONDatabase``, so that TVM's own tools read them;
+its lookup ignores the target, hence the folders. A third file says what each kernel took without
+a record, so that a record that is no better is not used. Opening and counting need no TVM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import journal
+
+if TYPE_CHECKING:
+    import tvm
+    from tvm import tirx
+    from tvm.s_tir import meta_schedule
+
+    from hone.targets.target import Target
+
+WORKLOADS = "database_workload.json"
+RECORDS = "database_tuning_record.json"
+TASKS = "hone_tasks.json"
+LOCK = "lock"
+
+INVALID_S = 1e9
+"""Seconds from which on MetaSchedule calls a record a failure (it writes 1e10)."""
+
+WORTHWHILE = 0.98
+"""A record is used when it takes at most this share of the untuned time: below it is noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the database knows about one kernel.
+
+    Parameters
+    ----------
+    workload : str
+        MetaSchedule's structural hash, in decimal.
+    name : str
+        The kernel's name in the model that it was tuned for.
+    records : int
+        Valid records.
+    best_ms, untuned_ms : float or None
+        Milliseconds of the best record, and without a record.
+    """
+
+    workload: str
+    name: str
+    records: int
+    best_ms: float | None
+    untuned_ms: float | None
+
+
+class HitRate(NamedTuple):
+    """How much of a module the database covers.
+
+    Parameters
+    ----------
+    hits, total : int
+        Kernels with a valid record, and all unscheduled kernels.
+    missing : tuple of str
+        Names of the kernels without one.
+    """
+
+    hits: int
+    total: int
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """A module after its records were applied.
+
+    Parameters
+    ----------
+    module : IRModule
+        The functions in `hits` are scheduled and carry ``tirx.is_scheduled``.
+    hits, misses : tuple of str
+        Kernels that a record scheduled, and kernels without one.
+    kept : tuple of str
+        Kernels whose best record is no better than the untuned schedule, which therefore stays.
+    failed : tuple of (str, str)
+        Kernels whose best record could not be applied, with the reason; they stay untuned.
+    """
+
+    module: tvm.IRModule
+    hits: tuple[str, ...]
+    misses: tuple[str, ...]
+    kept: tuple[str, ...]
+    failed: tuple[tuple[str, str], ...]
+
+
+def folder_of(root: Path, target: Target, *, threads: int) -> Path:
+    """Return the folder of one target, thread count and TVM version.
+
+    Parameters
+    ----------
+    root : Path
+        The whole database.
+    target : Target
+        Its code-generation facts are hashed: two machines called ``host`` share a folder exactly
+        when the same code runs on both. Core counts and caches do not matter.
+    threads : int
+        Threads that the kernels were measured with.
+
+    Returns
+    -------
+    Path
+        Such as ``root/host-1f2e3d4c5b6a-2-threads/tvm-0.27.0.post1``.
+    """
+    facts = journal.dumps(
+        {
+            "kind": target.kind,
+            "arch": target.arch,
+            "triple": target.triple,
+            "mcpu": target.mcpu,
+            "features": sorted(target.features),
+            "disabled": sorted(target.disabled),
+            "vector_bits": target.vector_bits,
+        }
+    )
+    digest = hashlib.sha256(facts).hexdigest()[:12]
+    return root / f"{target.name}-{digest}-{threads}-threads" / f"tvm-{version('apache-tvm')}"
+
+
+def workload_module(func: tirx.PrimFunc) -> tvm.IRModule:
+    """Return a kernel in the form that records are filed under.
+
+    Parameters
+    ----------
+    func : PrimFunc
+        Unscheduled.
+
+    Returns
+    -------
+    IRModule
+        One function ``main`` without any attribute that says where it came from, so that equal
+        kernels of different models share their records.
+    """
+    from tvm import IRModule
+
+    kept = {"s_tir", "tirx.noalias"}
+    for name in func.attrs.keys() if func.attrs else ():
+        if name not in kept:
+            func = func.without_attr(name)
+    func = func.with_attr("global_symbol", "main").with_attr("tirx.noalias", True)
+    return IRModule({"main": func})
+
+
+def kernels(module: tvm.IRModule) -> dict[str, tirx.PrimFunc]:
+    """Return the unscheduled TIR functions of a lowered module, by name, in order."""
+    from tvm import tirx
+
+    from hone.targets.schedule.blocks import is_scheduled
+
+    found = {
+        variable.name_hint: func
+        for variable, func in module.functions.items()
+        if isinstance(func, tirx.PrimFunc) and not is_scheduled(func)
+    }
+    return dict(sorted(found.items()))
+
+
+def seconds_of(record: list[Any]) -> float | None:
+    """Return the mean run time of a record in seconds; None when it is a failure.
+
+    Parameters
+    ----------
+    record : list
+        JSON of a ``TuningRecord``: trace, run times, target, arguments.
+    """
+    times = record[1]
+    if not times or not all(isinstance(t, (int, float)) and 0 < t < INVALID_S for t in times):
+        return None
+    return float(math.fsum(times) / len(times))
+
+
+def _is_workload(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], int)
+        and isinstance(value[1], list)
+        and len(value[1]) == 4
+    )
+
+
+class Database:
+    """Records of one target, thread count and TVM version.
+
+    Any number of processes may read while one writes. Opening drops what a crash left half
+    written; `warnings` says so.
+
+    Parameters
+    ----------
+    root : Path
+        The whole database; need not exist.
+    target : Target
+        What the records are for.
+    threads : int
+        Threads that the kernels are measured with.
+    """
+
+    def __init__(self, root: Path, target: Target, *, threads: int) -> None:
+        self.folder = folder_of(root, target, threads=threads)
+        self.target = target
+        self.threads = threads
+        self.warnings: tuple[str, ...] = ()
+        self._appenders: dict[str, journal.Appender] | None = None
+        self._load()
+
+    def _load(self) -> bool:
+        """Read the files; return whether a writer has to repair them first."""
+        contents = {name: journal.read(self.folder / name) for name in (WORKLOADS, RECORDS, TASKS)}
+        warnings = [text for part in contents.values() for text in part.warnings]
+        repair = any(part.torn or None in part.values for part in contents.values())
+
+        self._workloads = [
+            value if _is_workload(value) else ["0", None] for value in contents[WORKLOADS].values
+        ]
+        self._records: list[list[Any]] = []
+        self._of: dict[int, list[list[Any]]] = {}
+        dangling = 0
+        for value in contents[RECORDS].values:
+            if value is None:
+                continue
+            known = _is_record(value) and 0 <= value[0] < len(self._workloads)
+            if known and self._workloads[value[0]][1] is not None:
+                self._keep(value)
+            else:
+                dangling += 1
+        if dangling:
+            repair = True
+            path = self.folder / RECORDS
+            warnings.append(f"{path}: {dangling} records belong to no known kernel: ignored.")
+        self._tasks = [value for value in contents[TASKS].values if isinstance(value, dict)]
+        self.warnings = tuple(warnings)
+
+        self._positions: dict[str, int] = {}
+        for position, (key, module) in enumerate(self._workloads):
+            if module is not None:
+                self._positions.setdefault(key, position)
+        self._names: dict[str, str] = {}
+        self._untuned: dict[str, float] = {}
+        for task in self._tasks:
+            self._note(task)
+        return repair
+
+    def _keep(self, line: list[Any]) -> None:
+        self._records.append(line)
+        self._of.setdefault(line[0], []).append(line[1])
+
+    def _note(self, task: dict[str, Any]) -> None:
+        key = str(task.get("workload"))
+        self._names.setdefault(key, str(task.get("name")))
+        seconds = task.get("untuned_s")
+        if isinstance(seconds, (int, float)) and seconds > 0:
+            self._untuned[key] = min(seconds, self._untuned.get(key, math.inf))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only writer: take the lock, repair and read again what others wrote.
+
+        Raises
+        ------
+        UsageError
+            If another process is writing; the message says which.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with journal.lock(self.folder / LOCK), ExitStack() as stack:
+            if self._load():
+                journal.rewrite(self.folder / WORKLOADS, self._workloads)
+                journal.rewrite(self.folder / RECORDS, self._records)
+                journal.rewrite(self.folder / TASKS, self._tasks)
+            self._appenders = {}
+            for name in (WORKLOADS, RECORDS, TASKS):
+                self._appenders[name] = journal.Appender(self.folder / name)
+                stack.callback(self._appenders[name].close)
+            try:
+                yield
+            finally:
+                self._appenders = None
+
+    def _append(self, name: str, value: Any) -> None:
+        if self._appenders is None:
+            raise RuntimeError("the database is open for reading: use `with database.writing()`")
+        self._appenders[name].append(value)
+
+    def add_record(self, workload: list[Any], record: list[Any]) -> None:
+        """Append one record; it is on the disk when this returns.
+
+        Parameters
+        ----------
+        workload : list
+            JSON of the ``Workload``: hash and module.
+        record : list
+            JSON of the ``TuningRecord``.
+
+        Raises
+        ------
+        ToolchainError
+            If the disk is full or fails.
+        """
+        key = workload[0]
+        if key not in self._positions:
+            self._append(WORKLOADS, workload)
+            self._positions[key] = len(self._workloads)
+            self._workloads.append(workload)
+        line = [self._positions[key], record]
+        self._append(RECORDS, line)
+        self._keep(line)
+
+    def add_task(self, workload: str, *, name: str, untuned_s: float | None) -> None:
+        """Note a kernel's name, and its seconds without a record.
+
+        Parameters
+        ----------
+        workload : str
+            Its hash.
+        name : str
+            What the model calls it.
+        untuned_s : float or None
+            None when it could not be measured.
+        """
+        task = {"workload": workload, "name": name, "untuned_s": untuned_s}
+        self._append(TASKS, task)
+        self._tasks.append(task)
+        self._note(task)
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self._records)
+
+    def records(self, workload: str) -> list[list[Any]]:
+        """Return the valid records of a kernel, best first, as JSON.
+
+        Parameters
+        ----------
+        workload : str
+            Its hash.
+        """
+        position = self._positions.get(workload, -1)
+        timed = [
+            (seconds, journal.dumps(record), record)
+            for record in self._of.get(position, ())
+            if (seconds := seconds_of(record)) is not None
+        ]
+        # Equal times are ordered by content: a merged database gives the same package.
+        return [record for _, _, record in sorted(timed, key=lambda row: row[:2])]
+
+    def untuned_s(self, workload: str) -> float | None:
+        """Return the seconds that a kernel took without a record, if that was measured."""
+        return self._untuned.get(workload)
+
+    def show(self) -> tuple[Entry, ...]:
+        """Return what is known about each kernel, the slowest first."""
+        entries = []
+        for key in dict.fromkeys([*self._positions, *self._untuned]):
+            records = self.records(key)
+            best = seconds_of(records[0]) if records else None
+            untuned = self._untuned.get(key)
+            entries.append(
+                Entry(
+                    workload=key,
+                    name=self._names.get(key, "?"),
+                    records=len(records),
+                    best_ms=None if best is None else best * 1e3,
+                    untuned_ms=None if untuned is None else untuned * 1e3,
+                )
+            )
+        return tuple(sorted(entries, key=lambda e: -(e.best_ms or e.untuned_ms or 0.0)))
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts, size and identity as JSON-able data."""
+        files = [self.folder / name for name in (WORKLOADS, RECORDS, TASKS)]
+        return {
+            "folder": str(self.folder),
+            "target": self.target.name,
+            "threads": self.threads,
+            "tvm": version("apache-tvm"),
+            "kernels": len(self._positions),
+            "records": len(self._records),
+            "bytes": sum(path.stat().st_size for path in files if path.exists()),
+            "fingerprint": self.fingerprint(),
+            "warnings": list(self.warnings),
+        }
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of everything that a compilation may read from the database.
+
+        Returns
+        -------
+        str
+            Independent of the order in which the records were written.
+        """
+        lines = {
+            journal.dumps([self._workloads[owner][0], record]) for owner, record in self._records
+        }
+        lines |= {journal.dumps([key, seconds]) for key, seconds in self._untuned.items()}
+        return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
+
+    def as_tvm(self) -> meta_schedule.database.Database:
+        """Return a copy in memory, as TVM's own passes read it.
+
+        Returns
+        -------
+        meta_schedule.database.Database
+            For ``relax.transform.MetaScheduleApplyDatabase`` and ``query_tuning_record``; what is
+            committed to it is not written to the files.
+        """
+        from tvm.s_tir import meta_schedule as ms
+
+        database = ms.database.MemoryDatabase()
+        workloads: dict[int, Any] = {}
+        for owner, record in self._records:
+            if owner not in workloads:
+                stored = ms.database.Workload.from_json(self._workloads[owner])
+                workloads[owner] = database.commit_workload(stored.mod)
+            database.commit_tuning_record(
+                ms.database.TuningRecord.from_json(record, workloads[owner])
+            )
+        return database
+
+    def lookup(self, func: tirx.PrimFunc) -> meta_schedule.database.TuningRecord | None:
+        """Return the best valid record of a kernel.
+
+        Parameters
+        ----------
+        func : PrimFunc
+            Unscheduled; its attributes and names do not matter.
+
+        Returns
+        -------
+        TuningRecord or None
+            None when there is no record.
+        """
+        from tvm_ffi import structural_equal
+        from tvm.s_tir import meta_schedule as ms
+
+        module = workload_module(func)
+        key = ms.database.Workload(module).as_json()[0]
+        records = self.records(key)
+        if not records:
+            return None
+        stored = ms.database.Workload.from_json(self._workloads[self._positions[key]])
+        if not structural_equal(stored.mod, module):  # two kernels with one hash
+            return None
+        return ms.database.TuningRecord.from_json(records[0], stored)
+
+    def hit_rate(self, module: tvm.IRModule) -> HitRate:
+        """Count the kernels of a module that have a record.
+
+        Parameters
+        ----------
+        module : IRModule
+            Lowered, not scheduled.
+        """
+        functions = kernels(module)
+        missing = tuple(name for name, func in functions.items() if self.lookup(func) is None)
+        return HitRate(len(functions) - len(missing), len(functions), missing)
+
+    def apply(self, module: tvm.IRModule) -> Applied:
+        """Schedule every kernel by its best record, where that is better than no record.
+
+        Parameters
+        ----------
+        module : IRModule
+            Lowered, not scheduled; not changed.
+
+        Returns
+        -------
+        Applied
+            The new module, and what became of each kernel.
+        """
+        from tvm import IRModule
+        from tvm.s_tir import meta_schedule as ms
+
+        from .replay import ReplayError, replay
+
+        hits, misses, kept, failed = [], [], [], []
+        functions = dict(module.functions.items())
+        variables = {variable.name_hint: variable for variable in functions}
+        target = self.target.tvm_target(self.threads)
+        for name, func in kernels(module).items():
+            record = self.lookup(func)
+            if record is None:
+                misses.append(name)
+                continue
+            key = ms.database.Workload(workload_module(func)).as_json()[0]
+            best = seconds_of(self.records(key)[0])
+            untuned = self.untuned_s(key)
+            if untuned is not None and best is not None and best > WORTHWHILE * untuned:
+                kept.append(name)
+                continue
+            try:
+                functions[variables[name]] = replay(func, record, target)
+            except ReplayError as error:
+                failed.append((name, str(error)))
+                continue
+            hits.append(name)
+        return Applied(
+            module=IRModule(functions, attrs=module.attrs),
+            hits=tuple(hits),
+            misses=tuple(misses),
+            kept=tuple(kept),
+            failed=tuple(failed),
+        )

@@ -1,0 +1,69 @@
+"""Applies a tuning record to the kernel that it was found for, and checks that it still lowers."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.s_tir import meta_schedule as ms
+
+from hone.passes.lower.promote_accumulators import tir_pipeline
+
+from .database import workload_module
+from .errors import HoneError
+
+
+class ReplayError(HoneError):
+    """A tuning record does not fit its kernel any more."""
+
+
+def replay(
+    func: tirx.PrimFunc, record: ms.database.TuningRecord, target: tvm.target.Target
+) -> tirx.PrimFunc:
+    """Return a kernel scheduled as a record says.
+
+    Parameters
+    ----------
+    func : PrimFunc
+        Unscheduled.
+    record : TuningRecord
+        Of the same kernel.
+    target : Target
+        What it will be compiled for.
+
+    Returns
+    -------
+    PrimFunc
+        Scheduled, with the attributes of `func` and ``tirx.is_scheduled``.
+
+    Raises
+    ------
+    ReplayError
+        If the record's trace does not apply, or its result does not lower.
+    """
+    schedule = s_tir.Schedule(workload_module(func))
+    try:
+        record.trace.apply_to_schedule(schedule, remove_postproc=False)
+        scheduled = plain(schedule.mod)
+        _lower(scheduled, target)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ReplayError(f"the record does not apply: {lines[-1].strip()}") from error
+    result = scheduled["main"]
+    attributes = dict(func.attrs.items()) if func.attrs else {}
+    if "global_symbol" not in attributes:
+        result = result.without_attr("global_symbol")
+    for name, value in attributes.items():
+        result = result.with_attr(name, value)
+    return result.with_attr("tirx.is_scheduled", True)
+
+
+def plain(module: tvm.IRModule) -> tvm.IRModule:
+    """Return a scheduled module without MetaSchedule's marks for weight layout rewriting."""
+    return s_tir.transform.RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(module)
+
+
+def _lower(module: tvm.IRModule, target: tvm.target.Target) -> None:
+    """Run everything up to code generation, as a check."""
+    lower, finalize_host, _ = tir_pipeline()
+    module = tirx.transform.BindTarget(target.with_host(target))(module)
+    finalize_host()(lower(module))
