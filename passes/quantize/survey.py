@@ -1,0 +1,426 @@
+"""Finds what of a network can be computed in integers, before any range is known.
+
+Reads a function with NHWC convolutions and folded batch norm, and changes nothing. A *site* is a
+chain of bindings that becomes one integer operator::
+
+    convolution or matrix product → bias additions → [residual addition] → [ReLU, ReLU6, clip]
+    addition | mean | average pooling → [ReLU, ReLU6, clip]
+
+Convolutions and matrix products are taken wherever they fit. The others, and the operators that
+keep their input's levels (max pooling, reshape, transposition, ReLU), are taken only between
+integers: where an operand already is an integer tensor and somebody wants the result as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.ir import GenericConst, Op
+
+from hone.passes.graph.dataflow import Dataflow, layer_of, shape_of
+
+
+class Kind(StrEnum):
+    """What a site computes."""
+
+    CONV2D = "conv2d"
+    DENSE = "dense"
+    ADD = "add"
+    MEAN = "mean"
+    AVG_POOL2D = "avg_pool2d"
+
+
+WEIGHTED = (Kind.CONV2D, Kind.DENSE)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """A chain of bindings that becomes one integer operator.
+
+    Parameters
+    ----------
+    kind : Kind
+        Of the first binding.
+    layer : str
+        Binding name of the first binding's layer.
+    call : relax.Call
+        The first binding's value.
+    chain : tuple of relax.Var
+        The bindings of the chain in order; the last one carries the result.
+    inputs : tuple of relax.Var
+        The activations that enter, the residual last.
+    bias : numpy.ndarray or None
+        float64 ``[K]``, the sum of the absorbed bias additions.
+    residual : bool
+        Whether the last of two inputs is added to the first one's result.
+    low, high : float
+        Bounds of the absorbed activation, infinite where there is none.
+    linear : int
+        How many bindings of the chain stand before the activation.
+    levels : bool
+        Whether the result is levels; else it is the real value of the int32 sum.
+    """
+
+    kind: Kind
+    layer: str
+    call: relax.Call
+    chain: tuple[relax.Var, ...]
+    inputs: tuple[relax.Var, ...]
+    bias: np.ndarray | None = None
+    residual: bool = False
+    low: float = -math.inf
+    high: float = math.inf
+    linear: int = 1
+    levels: bool = True
+
+    @property
+    def output(self) -> relax.Var:
+        """The variable that carries the result."""
+        return self.chain[-1]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Binding names of all layers that the chain computes, in order."""
+        return tuple(dict.fromkeys(layer_of(var) for var in self.chain))
+
+    @property
+    def weight(self) -> np.ndarray:
+        """Constant weight, output channels first: ``[K, R, S, C // groups]`` or ``[K, C]``."""
+        values = np.asarray(self.call.args[1].value.numpy())
+        return values if self.kind is Kind.CONV2D else values.T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A convolution or matrix product that stays in float."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Survey:
+    """What `survey` found.
+
+    Parameters
+    ----------
+    sites : tuple of Site
+        In the order of their results.
+    skipped : tuple of Skipped
+        Convolutions and matrix products that are no site, with the reason.
+    passing : frozenset of relax.Var
+        Results of operators that work on levels as they are.
+    wanted : tuple of relax.Var
+        Activations that something reads as integers, in graph order: each needs a range.
+    """
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    passing: frozenset[relax.Var]
+    wanted: tuple[relax.Var, ...]
+
+
+def survey(function: relax.Function, *, keep_float: Collection[str] = ()) -> Survey:
+    """Find the sites of a function.
+
+    Parameters
+    ----------
+    function : relax.Function
+        One dataflow block, NHWC, batch norm folded.
+    keep_float : collection of str
+        Binding names of layers that must stay in float.
+
+    Raises
+    ------
+    ModelError
+        The function is not one dataflow block.
+    """
+    graph = Dataflow(function)
+    sites: dict[relax.Var, Site] = {}
+    skipped: list[Skipped] = []
+    absorbed: set[relax.Var] = set()
+    for binding in graph.bindings:
+        var, call = binding.var, binding.value
+        if var in absorbed or not isinstance(call, relax.Call):
+            continue
+        found = _start(graph, var, call)
+        if isinstance(found, str):
+            skipped.append(Skipped(layer=layer_of(var), reason=found))
+        elif found is not None:
+            site = _extend(graph, found)
+            if not set(site.layers).isdisjoint(keep_float):
+                if site.kind in WEIGHTED:
+                    skipped.append(Skipped(layer=site.layer, reason="kept in float by request"))
+                continue
+            absorbed.update(site.chain)
+            sites[site.output] = site
+    capable, passing = _capable(graph, sites, keep_float)
+    sites, passing, wanted = _between_integers(graph, sites, capable, passing)
+    sites = _merge_residuals(graph, sites)
+    return Survey(
+        sites=tuple(sites.values()),
+        skipped=tuple(skipped),
+        passing=frozenset(passing),
+        wanted=tuple(v for v in (*function.params, *graph.definition) if v in wanted),
+    )
+
+
+def _start(graph: Dataflow, var: relax.Var, call: relax.Call) -> Site | str | None:
+    """Return the site that a binding starts, the reason why it does not fit, or None."""
+    if call.op in (_CONV2D, _MATMUL):
+        kind = Kind.CONV2D if call.op == _CONV2D else Kind.DENSE
+        reason = _unfit_conv2d(call) if kind is Kind.CONV2D else _unfit_matmul(call)
+        if reason is not None:
+            return reason
+        inputs: tuple[relax.Expr, ...] = (call.args[0],)
+    elif not _is_float32(call):
+        return None
+    elif call.op == _ADD:
+        kind, inputs = Kind.ADD, tuple(call.args)
+        if any(not _is_float32(x) or shape_of(x) != shape_of(call) for x in inputs):
+            return None
+    elif call.op == _MEAN and call.attrs.axis is not None and len(call.attrs.axis):
+        kind, inputs = Kind.MEAN, (call.args[0],)
+    elif call.op == _AVG_POOL2D and _fits_avg_pool2d(call):
+        kind, inputs = Kind.AVG_POOL2D, (call.args[0],)
+    else:
+        return None
+    if not all(isinstance(x, relax.Var) for x in inputs):
+        return "its input is a constant" if kind in WEIGHTED else None
+    return Site(kind=kind, layer=layer_of(var), call=call, chain=(var,), inputs=inputs)
+
+
+def _is_float32(expr: relax.Expr) -> bool:
+    type_ = expr.ty
+    return (
+        isinstance(type_, relax.TensorType)
+        and str(type_.dtype) == "float32"
+        and type_.shape is not None
+        and all(isinstance(extent, tvm.tirx.IntImm) for extent in type_.shape)
+    )
+
+
+def _unfit_weights(call: relax.Call) -> str | None:
+    weight = call.args[1]
+    if not isinstance(weight, GenericConst):
+        return "the weights are not constant"
+    if not (_is_float32(call.args[0]) and _is_float32(weight) and _is_float32(call)):
+        return f"{call.args[0].ty} is not float32 of a static shape"
+    values = weight.value.numpy()
+    if values.size == 0 or 0 in shape_of(call):
+        return "a tensor is empty"
+    return None if np.isfinite(values).all() else "the weights hold NaN or infinity"
+
+
+def _unfit_conv2d(call: relax.Call) -> str | None:
+    attrs = call.attrs
+    layout = (str(attrs.data_layout), str(attrs.kernel_layout), str(attrs.out_layout or "NHWC"))
+    if layout != ("NHWC", "OHWI", "NHWC"):
+        return f"the layout is {' '.join(layout)}, not NHWC OHWI NHWC"
+    reason = _unfit_weights(call)
+    if reason is not None:
+        return reason
+    groups = int(attrs.groups)
+    channels, *_, depth = shape_of(call.args[1])
+    if groups != 1 and not (groups == channels == shape_of(call.args[0])[3] and depth == 1):
+        return f"{groups} groups are neither one nor one for each channel"
+    return None
+
+
+def _unfit_matmul(call: relax.Call) -> str | None:
+    if not isinstance(call.args[1], GenericConst):
+        return "both sides are activations"
+    if len(shape_of(call.args[1])) != 2 or len(call.args[0].ty.shape) < 2:
+        return f"{call.args[0].ty} times {call.args[1].ty} is no product of rows and one matrix"
+    return _unfit_weights(call)
+
+
+def _fits_avg_pool2d(call: relax.Call) -> bool:
+    attrs = call.attrs
+    layout = (str(attrs.layout), str(attrs.out_layout or "NHWC"))
+    uniform = bool(attrs.count_include_pad) or not any(int(p) for p in attrs.padding)
+    return layout == ("NHWC", "NHWC") and uniform and not attrs.ceil_mode
+
+
+def _extend(graph: Dataflow, site: Site) -> Site:
+    """Absorb the bias additions and the activation that follow a site."""
+    if site.kind in WEIGHTED:
+        while (following := _only_user(graph, site.output)) is not None:
+            bias = _bias_of(graph, *following, site)
+            if bias is None:
+                break
+            total = bias if site.bias is None else site.bias + bias
+            site = replace(
+                site, chain=(*site.chain, following[0]), bias=total, linear=site.linear + 1
+            )
+    return _absorb_activation(graph, site)
+
+
+def _absorb_activation(graph: Dataflow, site: Site) -> Site:
+    while (following := _only_user(graph, site.output)) is not None:
+        bounds = _bounds_of(*following)
+        if bounds is None:
+            break
+        # A later clip maps the earlier bounds too: clip(clip(x, a, b), c, d).
+        low, high = (min(max(x, bounds[0]), bounds[1]) for x in (site.low, site.high))
+        site = replace(site, chain=(*site.chain, following[0]), low=low, high=high)
+    return site
+
+
+def _only_user(graph: Dataflow, var: relax.Var) -> tuple[relax.Var, relax.Call] | None:
+    if not graph.used_once(var):
+        return None
+    user = graph.users[var][0]
+    call = graph.definition[user]
+    return (user, call) if isinstance(call, relax.Call) else None
+
+
+def _bias_of(graph: Dataflow, var: relax.Var, call: relax.Call, site: Site) -> np.ndarray | None:
+    """Return the float64 ``[K]`` that an addition adds to a site's result, if it is one."""
+    if call.op != _ADD or shape_of(call) != shape_of(site.output):
+        return None
+    constants = [graph.constant(x) for x in call.args]
+    value = next((c for c in constants if c is not None), None)
+    channels = shape_of(site.output)[-1]
+    if value is None or not np.isfinite(value).all():
+        return None
+    if value.size != 1 and (value.size != channels or value.shape[-1] != channels):
+        return None
+    return np.broadcast_to(value.astype(np.float64).reshape(-1), (channels,))
+
+
+def _bounds_of(var: relax.Var, call: relax.Call) -> tuple[float, float] | None:
+    """Return the bounds of an activation that only clips, else None."""
+    if not _is_float32(call):
+        return None
+    if call.op == _RELU:
+        return 0.0, math.inf
+    if call.op == _CLIP:
+        return float(call.args[1].value), float(call.args[2].value)
+    if call.op in (_MAXIMUM, _MINIMUM):
+        left, right = call.args
+        value = right if isinstance(right, GenericConst) else left
+        other = left if value is right else right
+        if not isinstance(value, GenericConst) or value.value.numpy().size != 1:
+            return None
+        if shape_of(other) != shape_of(call):
+            return None
+        bound = float(value.value.numpy().reshape(()))
+        return (bound, math.inf) if call.op == _MAXIMUM else (-math.inf, bound)
+    return None
+
+
+def _keeps_levels(call: relax.Call) -> bool:
+    """Tell whether an operator works on levels as they are, first argument to result."""
+    if call.op == _MAX_POOL2D:
+        return str(call.attrs.layout) == "NHWC" and str(call.attrs.out_layout or "NHWC") == "NHWC"
+    return call.op in _MOVES or call.op == _RELU
+
+
+def _capable(
+    graph: Dataflow, sites: dict[relax.Var, Site], keep_float: Collection[str]
+) -> tuple[set[relax.Var], set[relax.Var]]:
+    """Return the variables that can be integers, and those that pass levels on."""
+    capable: set[relax.Var] = set()
+    passing: set[relax.Var] = set()
+    for binding in graph.bindings:
+        var, value = binding.var, binding.value
+        site = sites.get(var)
+        if site is not None:
+            if site.kind in WEIGHTED or all(x in capable for x in site.inputs):
+                capable.add(var)
+        elif (
+            isinstance(value, relax.Call)
+            and _keeps_levels(value)
+            and value.args[0] in capable
+            and layer_of(var) not in keep_float
+        ):
+            capable.add(var)
+            passing.add(var)
+    return capable, passing
+
+
+def _between_integers(
+    graph: Dataflow,
+    sites: dict[relax.Var, Site],
+    capable: set[relax.Var],
+    passing: set[relax.Var],
+) -> tuple[dict[relax.Var, Site], set[relax.Var], set[relax.Var]]:
+    """Drop what is not between integers; return what is left, and who is read as integers."""
+    wanted: set[relax.Var] = set()
+    kept: dict[relax.Var, Site] = {}
+    kept_passing: set[relax.Var] = set()
+    for binding in reversed(graph.bindings):
+        var = binding.var
+        site = sites.get(var)
+        if site is not None and (site.kind in WEIGHTED or (var in capable and var in wanted)):
+            if var not in wanted:
+                # Only float reads it: the activation stays a float operator, nothing is rounded.
+                site = replace(
+                    site,
+                    chain=site.chain[: site.linear],
+                    low=-math.inf,
+                    high=math.inf,
+                    levels=False,
+                )
+            kept[site.output] = site
+            wanted.update(site.inputs)
+        elif var in passing and var in wanted:
+            kept_passing.add(var)
+            wanted.add(binding.value.args[0])
+    return dict(reversed(kept.items())), kept_passing, wanted
+
+
+def _merge_residuals(graph: Dataflow, sites: dict[relax.Var, Site]) -> dict[relax.Var, Site]:
+    """Let the convolution or product just before an integer addition compute the addition."""
+    position = {binding.var: i for i, binding in enumerate(graph.bindings)}
+    merged = dict(sites)
+    for output, addition in sites.items():
+        if addition.kind is not Kind.ADD:
+            continue
+        mergeable = [
+            x
+            for x in addition.inputs
+            if x in merged
+            and merged[x].kind in WEIGHTED
+            and not merged[x].residual
+            and len(merged[x].chain) == merged[x].linear
+            and graph.used_once(x)
+        ]
+        if not mergeable:
+            continue
+        last = max(mergeable, key=lambda x: position[x])
+        other = next(x for x in addition.inputs if not x.same_as(last))
+        before = merged.pop(last)
+        merged[output] = replace(
+            before,
+            chain=(*before.chain, *addition.chain),
+            inputs=(*before.inputs, other),
+            residual=True,
+            linear=before.linear + 1,
+            low=addition.low,
+            high=addition.high,
+        )
+    return merged
+
+
+_CONV2D = Op.get("relax.nn.conv2d")
+_MATMUL = Op.get("relax.matmul")
+_ADD = Op.get("relax.add")
+_MEAN = Op.get("relax.mean")
+_AVG_POOL2D = Op.get("relax.nn.avg_pool2d")
+_MAX_POOL2D = Op.get("relax.nn.max_pool2d")
+_RELU = Op.get("relax.nn.relu")
+_CLIP = Op.get("relax.clip")
+_MAXIMUM = Op.get("relax.maximum")
+_MINIMUM = Op.get("relax.minimum")
+_MOVES = tuple(
+    Op.get(f"relax.{name}")
+    for name in ("reshape", "permute_dims", "flatten", "squeeze", "expand_dims")
+)
