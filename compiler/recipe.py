@@ -6,15 +6,13 @@ exist is an error that names the nearest one; all problems of a file are listed 
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from hone.errors import UsageError
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,8 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
+from hone.errors import UsageError
+from hone.recipe_problems import explain
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -337,7 +335,7 @@ def parse(data: Mapping[str, Any], *, folder: str | Path = "", where: str = "rec
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(detail) for detail in error.errors(include_url=False)]
+        problems = explain(error, keys=_known_keys(), kinds=list(_step_kinds()))
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise UsageError(f"{count} in the recipe{lines}", where=where) from error
@@ -355,51 +353,9 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def _explain(detail: ErrorDetails) -> str:
-    """Say one pydantic error in the words of the file."""
-    loc, kind, given = detail["loc"], detail["type"], detail["input"]
-    context = detail.get("ctx", {})
-    where = _dotted(loc)
-    if kind == "extra_forbidden":
-        known = _known_keys(loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-        if near:
-            return f"{where}: unknown key, the nearest is {near[0]!r}"
-        return f"{where}: unknown key, known are {', '.join(known)}"
-    if kind == "missing":
-        return f"{where}: required, but not given"
-    if kind == "union_tag_not_found":
-        kinds = ", ".join(map(repr, _step_kinds()))
-        return f"{where}.kind: required is one of {kinds}, but not given"
-    if kind == "union_tag_invalid":
-        near = difflib.get_close_matches(str(context["tag"]), _step_kinds(), n=1, cutoff=0.5)
-        hint = f", the nearest is {near[0]!r}" if near else ""
-        expected = context["expected_tags"]
-        return f"{where}.kind: required is one of {expected}, given is {context['tag']!r}{hint}"
-    if kind == "value_error":
-        reason = str(context["error"])
-        return f"{where}: {reason}" if where else reason
-    required = detail["msg"].removeprefix("Input should be ")
-    if kind in {"model_type", "model_attributes_type", "dict_type"}:
-        required = "a table"
-    return f"{where}: required is {required}, given is {given!r}"
-
-
-def _dotted(loc: Sequence[int | str]) -> str:
-    """Write pydantic's location as the file's reader would: ``step[1].amount``."""
-    text = ""
-    for part, before in zip(loc, (None, *loc), strict=False):
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif not (isinstance(before, int) and text.startswith("step[") and part in _step_kinds()):
-            text += f".{part}" if text else part
-    return text
-
-
-def _known_keys(loc: Sequence[int | str]) -> list[str]:
-    """Return the keys of the table at a location."""
-    tables = dict(_tables(Recipe, ()))
-    return list(tables[tuple(part for part in loc if isinstance(part, str))].model_fields)
+def _known_keys() -> dict[tuple[str, ...], list[str]]:
+    """Return the keys of each table by its place; those of a step by its kind."""
+    return {place: list(cls.model_fields) for place, cls in _tables(Recipe, ())}
 
 
 def _tables(

@@ -15,14 +15,14 @@ def doctor(as_json: bool) -> None:
     """Check versions, runtime, processor, linkers and extras; exit 6 when hone cannot compile."""
     from hone.doctor import Status, diagnose
 
-    findings = diagnose()
+    checks = diagnose()
     if as_json:
-        output.write_json({"findings": [asdict(finding) for finding in findings]})
+        output.write_json({"checks": [asdict(check) for check in checks]})
     else:
         output.table(
             ("what", "status", "found", "what to do"),
-            [(f.name, f.status.value, f.detail, f.hint) for f in findings],
+            [(c.name, c.status.value, c.detail, c.fix or "") for c in checks],
         )
-    failed = [finding.name for finding in findings if finding.status is Status.FAILED]
+    failed = [check.name for check in checks if check.required and check.status is Status.MISSING]
     if failed:
-        raise ToolchainError(f"hone cannot compile on this machine: {', '.join(failed)}")
+        raise ToolchainError(f"hone cannot compile on this machine without {', '.join(failed)}")
