@@ -251,7 +251,7 @@ def _fit_labels(
             f"are {labels.dtype}{list(labels.shape)}, required are class indices of an integer "
             "type; for one-hot rows take labels.argmax(axis=1)"
         ]
-    wanted = [(samples, batch)]
+    wanted: list[tuple[int, ...]] = [(samples, batch)]
     wanted += [(samples * batch,), (samples,)] if stacked and batch == 1 else []
     wanted += [(rows,), (rows, 1)] if not stacked else [(samples * batch,)]
     if labels.shape not in wanted:

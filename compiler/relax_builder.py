@@ -42,7 +42,10 @@ class _Builder:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.bb = relax.BlockBuilder()
-        self.exprs: dict[str, Any] = {}
+        self.params = [
+            relax.Var(s.name, relax.TensorType(list(s.shape), s.dtype)) for s in graph.inputs
+        ]
+        self.exprs: dict[str, Any] = {p.name: p for p in self.params}
         self.names = binding_names(
             [n.id for n in graph.nodes], reserved=[s.name for s in graph.inputs]
         )
@@ -51,13 +54,8 @@ class _Builder:
         self.problems: list[Problem] = []
 
     def build(self) -> tuple[tvm.IRModule, tuple[Layer, ...]]:
-        params = []
-        for spec in self.graph.inputs:
-            var = relax.Var(spec.name, relax.TensorType(list(spec.shape), spec.dtype))
-            self.exprs[spec.name] = var
-            params.append(var)
         layers = []
-        with self.bb.function("main", params=params):
+        with self.bb.function("main", params=self.params):
             with self.bb.dataflow():
                 for node, name in zip(self.graph.nodes, self.names, strict=True):
                     self._node(node, name)
@@ -69,7 +67,8 @@ class _Builder:
             self.bb.emit_func_output(result)
         if self.problems:
             raise ConversionError(self.problems)
-        return _rename(self.bb.get(), self.named), tuple(layers)
+        module = _rename(self.bb.get(), self.named)
+        return relax.transform.DeadCodeElimination()(module), tuple(layers)
 
     def _expr(self, name: str) -> Any:
         if name not in self.exprs:
@@ -90,6 +89,7 @@ class _Builder:
         for index, (spec, expr) in enumerate(zip(node.outputs, results, strict=True)):
             if not isinstance(expr, relax.Var | tvm.ir.GenericConst):
                 expr = self.bb.emit(expr)
+            if isinstance(expr, relax.Var) and expr not in self.named and expr not in self.params:
                 self.named[expr] = part(name, str(index)) if index else name
             self.exprs[spec.name] = expr
 
