@@ -143,8 +143,6 @@ def fingerprint(threads: int) -> dict[str, Any]:
         ``governor``, ``clock_source``, ``load_average`` (1, 5 and 15 minutes), ``kernel``,
         ``python``, ``packages`` (name to version or null), ``variables`` (those that set threads).
     """
-    import psutil
-
     cpuinfo = _read(Path("/proc/cpuinfo")) or ""
     return {
         "cpu": cpu_model(),
@@ -155,7 +153,7 @@ def fingerprint(threads: int) -> dict[str, Any]:
         "threads": threads,
         "hypervisor": "hypervisor" in features.parse_cpuinfo(cpuinfo),
         "cpu_quota": cpu_quota(),
-        "memory_bytes": int(psutil.virtual_memory().total),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "memory_limit_bytes": memory_limit(),
         "governor": governor(),
         "clock_source": clock_source(),

@@ -99,37 +99,6 @@ def test_caches_are_zero_when_sysfs_reports_none(tmp_path):
     assert host.caches(0, tmp_path) == host.Caches()
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, None),
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
-        (
-            {
-                "proc/self/cgroup": "0::/a/b\n",
-                "sys/fs/cgroup/a/cpu.max": "100000 100000\n",
-                "sys/fs/cgroup/a/b/cpu.max": "800000 100000\n",
-            },
-            1.0,
-        ),
-        (
-            {
-                "proc/self/cgroup": "4:memory:/\n2:cpu,cpuacct:/docker/x\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-                "sys/fs/cgroup/cpu/docker/x/cpu.cfs_quota_us": "250000\n",
-                "sys/fs/cgroup/cpu/docker/x/cpu.cfs_period_us": "100000\n",
-            },
-            2.5,
-        ),
-    ],
-    ids=["no-cgroup", "v2-no-limit", "v2", "v2-limit-above", "v1"],
-)
-def test_cpu_quota_is_the_smallest_limit_above_the_process(tmp_path, files, expected):
-    assert host.cpu_quota(write(tmp_path, files)) == expected
-
-
 def test_usable_cores_obey_affinity_and_quota(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     assert host.usable_cores(tmp_path) == 4
