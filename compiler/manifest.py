@@ -84,11 +84,6 @@ class SignatureEntry(_Entry):
                 raise ValueError("names of inputs and of outputs must be unique")
         return self
 
-    @classmethod
-    def of(cls, signature: Signature) -> SignatureEntry:
-        """Return the entry for a signature."""
-        return cls.model_validate(signature.to_json())
-
     def to_signature(self) -> Signature:
         """Return the signature that this entry describes."""
 

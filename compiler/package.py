@@ -28,7 +28,6 @@ from .manifest import (
     GoldenEntry,
     Manifest,
     ProvenanceEntry,
-    SignatureEntry,
     TargetEntry,
     Versions,
 )
@@ -118,7 +117,7 @@ class Package:
         manifest = Manifest.from_data(
             {
                 "versions": _versions(),
-                "signature": SignatureEntry.of(signature),
+                "signature": signature.to_json(),
                 "target": target,
                 "precision": precision,
                 "needs_runtime_extra": needs_runtime_extra,
