@@ -34,13 +34,11 @@ instead of a fixed-point one.
 
 from __future__ import annotations
 
-import tvm
 from tvm import tirx
+from tvm.ir import Expr
 
 GUARD_BITS = 8
 FIXED_LIMIT = 1 << 30
-
-Expr = tvm.ir.Expr
 
 
 def as_int32(value: Expr) -> Expr:

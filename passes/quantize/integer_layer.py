@@ -14,7 +14,7 @@ import numpy as np
 from hone.passes.graph.dataflow import shape_of
 
 from .arithmetic import FIXED_LIMIT, GUARD_BITS
-from .qparams import INT8, PerAxis, QParams, choose_qparams, quantize
+from .qparams import INT8, SMALLEST_SCALE, PerAxis, QParams, choose_qparams, quantize
 from .survey import Kind, Site
 
 INT32_MAX = (1 << 31) - 1
@@ -183,4 +183,4 @@ def _weight_scale(flat: np.ndarray, bias: np.ndarray, data_scale: float, layer: 
     needed = np.abs(bias) / (data_scale * BIAS_STEPS)
     empty = ~flat.any(1) & (needed > 0)
     scale = np.where(empty, needed, np.maximum(chosen, needed)).astype(np.float32)
-    return np.maximum(scale, np.finfo(np.float32).tiny)
+    return np.asarray(np.maximum(scale, SMALLEST_SCALE), np.float32)

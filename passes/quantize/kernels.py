@@ -12,11 +12,12 @@ import math
 from collections.abc import Sequence
 
 from tvm import te, tirx
+from tvm.ir import Expr
 
 from hone.passes.lower.conv2d import Window, pad
 
 from . import arithmetic
-from .arithmetic import Expr, as_int32
+from .arithmetic import as_int32
 
 
 def _level(
@@ -32,7 +33,7 @@ def _level(
     if dtype == "float32":
         return arithmetic.real(sums, multiplier)
     output = {"zero_point": levels[1], "low": levels[2], "high": levels[3], "dtype": dtype}
-    if residual is None:
+    if residual is None or residual_multiplier is None:
         return arithmetic.requantize(sums, multiplier, **output)
     other = as_int32(residual(*index)) - levels[4]
     fixed = arithmetic.fixed_point(sums, multiplier)

@@ -9,7 +9,7 @@ the lowering that knows the machine. Weights are constants and are packed here, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -63,13 +63,18 @@ def _dtype(call: relax.Call) -> str:
     return str(call.attrs["out_dtype"])
 
 
-def _window(call: relax.Call, taps: tuple[int, ...]) -> Window:
+def _window(call: relax.Call, taps: Sequence[int]) -> Window:
+    batch, height, width, channels = (int(extent) for extent in call.args[0].ty.shape)
+    taps_h, taps_w = taps
+    stride_h, stride_w = _ints(call, "strides")
+    dilation_h, dilation_w = _ints(call, "dilation")
+    top, left, bottom, right = _ints(call, "padding")
     return Window(
-        shape=tuple(int(extent) for extent in call.args[0].ty.shape),
-        taps=taps,
-        strides=_ints(call, "strides"),
-        dilation=_ints(call, "dilation"),
-        padding=_ints(call, "padding"),
+        shape=(batch, height, width, channels),
+        taps=(taps_h, taps_w),
+        strides=(stride_h, stride_w),
+        dilation=(dilation_h, dilation_w),
+        padding=(top, left, bottom, right),
     )
 
 

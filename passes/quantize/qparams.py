@@ -245,7 +245,7 @@ def quantize(x: np.ndarray, qparams: QParams) -> np.ndarray:
     low = (qparams.quant_min - zero_point).astype(np.float32)
     high = (qparams.quant_max - zero_point).astype(np.float32)
     levels = np.rint(np.clip(steps, low, high)).astype(np.int32) + zero_point
-    return levels.astype(qparams.type.dtype)
+    return np.asarray(levels, qparams.type.dtype)
 
 
 def dequantize(q: np.ndarray, qparams: QParams) -> np.ndarray:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 import tvm
@@ -96,9 +97,8 @@ class Site:
         return values if self.kind is Kind.CONV2D else values.T
 
 
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A convolution or matrix product that stays in float."""
+class Skipped(NamedTuple):
+    """A convolution or matrix product that stays in float, and why."""
 
     layer: str
     reason: str
