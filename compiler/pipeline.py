@@ -153,20 +153,21 @@ class Scheduled:
         Ready to be linked.
     decisions : tuple of Decision
         The rule of each kernel.
+    untuned : tuple of str
+        Kernels that the database knows nothing about; all of them without a database.
+    failed : tuple of str
+        Kernels whose tuning record could not be applied, with the reason.
     """
 
     module: tvm.IRModule
     decisions: tuple[Decision, ...]
+    untuned: tuple[str, ...]
+    failed: tuple[str, ...] = ()
 
     @property
     def hits(self) -> int:
-        """Kernels that a tuning record scheduled."""
-        return sum(decision.rule == "record" for decision in self.decisions)
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """Kernels that no tuning record fits."""
-        return tuple(d.kernel for d in self.decisions if d.rule != "record")
+        """Kernels that the database covers."""
+        return len(self.decisions) - len(self.untuned)
 
 
 def schedule(
@@ -174,11 +175,18 @@ def schedule(
 ) -> Scheduled:
     """Schedule every function: by its tuning record where there is one, else by rule."""
     decisions: list[Decision] = []
+    failed: tuple[str, ...] = ()
+    untuned: tuple[str, ...] | None = None
     if database is not None:
-        lowered = database.apply(lowered, target, threads=threads)
+        applied = database.apply(lowered)
+        lowered = applied.module
+        untuned = applied.misses
+        failed = tuple(f"{kernel}: {reason}" for kernel, reason in applied.failed)
     rule = ScheduleModule(Machine.of(target, threads), on_decision=decisions.append)
     module = rule(lowered)
-    return Scheduled(module=module, decisions=tuple(decisions))
+    if untuned is None:
+        untuned = tuple(decision.kernel for decision in decisions)
+    return Scheduled(module=module, decisions=tuple(decisions), untuned=untuned, failed=failed)
 
 
 def finalize_stages() -> tuple[Stage, ...]:

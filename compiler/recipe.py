@@ -141,8 +141,8 @@ class PruneStep(Section):
     kind: Literal["prune"]
     amount: Annotated[float, Field(gt=0, lt=1)] = Field(description="fraction of the channels")
     norm: Literal["l1", "l2"] = "l1"
-    scope: Literal["layer", "global"] = Field(
-        default="layer", description="rank channels within each layer, or over the whole network"
+    scope: Literal["local", "global"] = Field(
+        default="local", description="rank channels within each layer, or over the whole network"
     )
     round_to: Count = Field(default=1, description="channels kept are a multiple of this")
     recover: Recover | None = None
@@ -210,6 +210,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
     _folder: Path = PrivateAttr(default=Path())
+    _where: str = PrivateAttr(default="recipe")
 
     @model_validator(mode="after")
     def _has_calibration(self) -> Recipe:
@@ -217,6 +218,11 @@ class Recipe(Section):
         if needy and self.data.calibration is None:
             raise ValueError(f"data.calibration is required by the {needy[0]} step")
         return self
+
+    @property
+    def where(self) -> str:
+        """The recipe's file, as it was named."""
+        return self._where
 
     @property
     def folder(self) -> Path:
@@ -340,6 +346,7 @@ def parse(data: Mapping[str, Any], *, folder: str | Path = "", where: str = "rec
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise UsageError(f"{count} in the recipe{lines}", where=where) from error
     recipe._folder = Path(folder)
+    recipe._where = where
     return recipe
 
 

@@ -11,6 +11,7 @@ from functools import partial
 import tvm
 from tvm import relax
 
+from hone.passes.quantize.legalize import rules as integer_rules
 from hone.targets.schedule.machine import Machine
 
 from .conv2d import legalize_conv2d
@@ -39,6 +40,7 @@ class LegalizeForCPU:
             "relax.nn.conv2d": partial(legalize_conv2d, self._machine),
             "relax.matmul": partial(legalize_matmul, self._machine),
             "relax.nn.max_pool2d": legalize_max_pool2d,
+            **integer_rules(self._machine),
         }
         transform = relax.transform
         return tvm.transform.Sequential(

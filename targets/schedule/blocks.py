@@ -7,6 +7,11 @@ import math
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+# Starting a parallel region costs about 2 us, in which one core does some 2**17 multiply-adds of
+# whole vectors or 2**14 steps that touch memory; below twice that a second thread never pays.
+MIN_PARALLEL_MULTIPLY_ADDS = 1 << 18
+MIN_PARALLEL_STEPS = 1 << 15
+
 REDUCE = 2  # tirx.IterVar.CommReduce
 SPATIAL = 0  # tirx.IterVar.DataPar
 
@@ -79,6 +84,12 @@ def start_sums(schedule: s_tir.Schedule, anchor: SBlockRV, at: LoopRV, *, outer_
     schedule.vectorize(loops[-1])
     for loop in loops[outer_loops:-1]:
         schedule.unroll(loop)
+
+
+def parallelize(schedule: s_tir.Schedule, loop: LoopRV, *, work: int, least: int) -> None:
+    """Run a loop in parallel if its work pays for starting the threads."""
+    if work >= least:
+        schedule.parallel(loop)
 
 
 def is_scheduled(func: tirx.PrimFunc) -> bool:

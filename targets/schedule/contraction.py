@@ -16,7 +16,16 @@ import math
 from tvm import s_tir
 from tvm.s_tir.schedule import SBlockRV
 
-from .blocks import extents, finish_output, output_block, read_shape, start_sums, vector_length
+from .blocks import (
+    MIN_PARALLEL_MULTIPLY_ADDS,
+    extents,
+    finish_output,
+    output_block,
+    parallelize,
+    read_shape,
+    start_sums,
+    vector_length,
+)
 from .machine import Machine, choose_pixels, choose_tasks
 
 # Below this many input channels the channel loop is unrolled too: the loop would cost more
@@ -90,7 +99,8 @@ def schedule_conv2d(
         pad_lanes = vector_length(int(schedule.get(last).extent), machine.lanes)
         if pad_lanes > 1:
             schedule.vectorize(schedule.split(last, [None, pad_lanes])[1])
-    schedule.parallel(tasks)
+    work = batch * height * width * channels * taps_h * taps_w * depth
+    parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     schedule.vectorize(k_lane)
     for loop in (h_inner, w_inner, k_vector):
         schedule.unroll(loop)
@@ -135,7 +145,8 @@ def schedule_dense(
     schedule.reorder(*order, k_block, m_block, c, m_inner, k_vector, k_lane)
     tasks = schedule.fuse(*order)
     schedule.reverse_compute_at(output, m_block, preserve_unit_loops=True)
-    schedule.parallel(tasks)
+    work = rows * channels * depth
+    parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     schedule.vectorize(k_lane)
     for loop in (m_inner, k_vector):
         schedule.unroll(loop)
@@ -168,7 +179,7 @@ def schedule_batch_matmul(
     schedule.reorder(*outer, m_outer, k_outer, c, m_inner, k_vector, k_lane)
     tasks = schedule.fuse(*outer, m_outer)
     schedule.reverse_compute_at(output, k_outer, preserve_unit_loops=True)
-    schedule.parallel(tasks)
+    parallelize(schedule, tasks, work=math.prod(sizes), least=MIN_PARALLEL_MULTIPLY_ADDS)
     schedule.vectorize(k_lane)
     for loop in (m_inner, k_vector):
         schedule.unroll(loop)

@@ -11,11 +11,17 @@ import math
 from tvm import s_tir
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from .blocks import REDUCE, SPATIAL, extents, is_reduction, kinds, leaves, vector_length
+from .blocks import (
+    MIN_PARALLEL_STEPS,
+    REDUCE,
+    SPATIAL,
+    extents,
+    is_reduction,
+    kinds,
+    leaves,
+    vector_length,
+)
 from .machine import Machine
-
-# Starting a parallel region costs about 2 us; below this many scalar steps it never pays.
-MIN_PARALLEL_STEPS = 1 << 14
 
 
 def _inline_injective(schedule: s_tir.Schedule) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from tvm import s_tir
 from tvm.s_tir.schedule import SBlockRV
 
-from .blocks import extents, finish_output, output_block, read_shape, start_sums, vector_length
+from .blocks import (
+    MIN_PARALLEL_STEPS,
+    extents,
+    finish_output,
+    output_block,
+    parallelize,
+    read_shape,
+    start_sums,
+    vector_length,
+)
 from .machine import Machine, divisors
 
 # Output columns of one register tile: enough to hide the latency of a sum, few enough that the
@@ -32,7 +41,7 @@ def schedule_window(
     if padding is not None:
         schedule.compute_inline(padding)
     n, h, w, c, r, s = schedule.get_loops(anchor)
-    _batch, height, width, channels, taps_h, _ = extents(schedule, anchor)
+    batch, height, width, channels, taps_h, taps_w = extents(schedule, anchor)
     lanes = vector_length(channels, machine.lanes)
     columns = max(d for d in divisors(width) if d <= MAX_COLUMNS)
     w_outer, w_inner = schedule.split(w, [None, columns])
@@ -56,7 +65,8 @@ def schedule_window(
     schedule.reorder(n, h_part, c_outer, h_block, w_outer, r, s, w_inner, c_lane)
     tasks = schedule.fuse(n, h_part, c_outer)
     schedule.reverse_compute_at(output, w_outer, preserve_unit_loops=True)
-    schedule.parallel(tasks)
+    work = batch * height * width * channels * taps_h * taps_w
+    parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_STEPS)
     schedule.vectorize(c_lane)
     for loop in (r, s, w_inner):
         schedule.unroll(loop)

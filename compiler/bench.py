@@ -1,0 +1,178 @@
+"""``hone bench``: packages, models and other engines in one interleaved run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import driver, environment, importer, onnx_file, parity, runtime
+from .errors import UsageError
+from .measure import Contender, InProcess, Latency, Rounds, Speedup, measure
+from .model import Model
+from .package import Package
+from .peers import Peer
+from .progress import Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One contender.
+
+    Parameters
+    ----------
+    name : str
+        The package's or model's file name, or the peer's name.
+    precision : str
+        Such as ``fp32``.
+    latency : Latency
+        Of one run.
+    ratio : dict of str to Speedup
+        How many times faster than each peer; empty for a peer.
+    """
+
+    name: str
+    precision: str
+    latency: Latency
+    ratio: dict[str, Speedup]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A whole run.
+
+    Parameters
+    ----------
+    results : tuple of Result
+        In the order given, then the peers.
+    threads : int
+        Threads of one run.
+    environment : dict
+        Fingerprint of the machine.
+    """
+
+    results: tuple[Result, ...]
+    threads: int
+    environment: dict[str, object]
+
+
+def _is_package(path: Path) -> bool:
+    return path.suffix == ".hone"
+
+
+def bench(
+    items: Sequence[str | Path],
+    *,
+    vs: Sequence[str] = (),
+    threads: int = 2,
+    rounds: Rounds | None = None,
+    shapes: dict[str, tuple[int, ...]] | None = None,
+    progress: Progress | None = None,
+) -> Bench:
+    """Compare packages and models with one another and with other engines.
+
+    Parameters
+    ----------
+    items : sequence of str or Path
+        Packages (``.hone``) and ONNX models; a model is compiled first, without tuning. All must
+        have the same inputs.
+    vs : sequence of str
+        Peers. They run the ONNX model among the items, or the one that a package was made of,
+        which is looked for beside the package and in the current folder by its hash.
+    threads : int
+        Threads of one run, for everybody.
+    rounds : Rounds, optional
+        How often to run.
+    shapes : dict, optional
+        Static shapes of a model's inputs.
+    progress : Progress, optional
+        Where to report.
+
+    Raises
+    ------
+    UsageError
+        Nothing to compare, different inputs, or a peer without an ONNX model (exit 2).
+    """
+    progress = progress or silent()
+    if not items:
+        raise UsageError("nothing to measure", hint="name a package or an ONNX model")
+    runners: dict[str, runtime.Runner] = {}
+    inputs: dict[str, np.ndarray] | None = None
+    source: Model | None = None
+    for path in map(Path, items):
+        if _is_package(path):
+            package = Package.read(path)
+            if inputs is None and (samples := package.golden()):
+                inputs = dict(samples[0].inputs)
+            if vs and source is None:
+                source = _model_of(package, near=path)
+        else:
+            source = importer.load(path, shapes)
+            package = driver.compile(source, threads=threads, progress=progress)
+            inputs = parity.random_inputs(source, seed=0)
+        runners[_unique(path.name, runners)] = runtime.load(package, threads=threads)
+    _require_same_inputs(runners)
+    if inputs is None:
+        raise UsageError(f"{items[0]} holds no golden inputs to run", hint="add its ONNX model")
+    contenders: dict[str, Contender] = {
+        name: InProcess(runner.prepare(inputs)) for name, runner in runners.items()
+    }
+    precisions = {name: runner.manifest.precision for name, runner in runners.items()}
+    plan = rounds or Rounds()
+    with ExitStack() as stack:
+        for name in vs:
+            if source is None or source.source is None:
+                raise UsageError(
+                    f"{name} runs ONNX, and none was given",
+                    hint=f"hone bench {items[0]} MODEL.onnx --vs {','.join(vs)}, "
+                    "or put the model that the package was made of beside it",
+                )
+            peer = stack.enter_context(Peer(name, source.source, inputs, threads=threads))
+            contenders[name] = peer
+            precisions[name] = peer.info.precision
+        task = stack.enter_context(progress.task("measure", total=plan.rounds))
+        measured = measure(contenders, plan, on_round=task.update)
+    results = tuple(
+        Result(
+            name=name,
+            precision=precisions[name],
+            latency=measured.latency(name),
+            ratio={} if name in vs else {p: measured.speedup(name, over=p) for p in vs},
+        )
+        for name in contenders
+    )
+    return Bench(
+        results=results, threads=threads, environment=dict(environment.fingerprint(threads))
+    )
+
+
+def _model_of(package: Package, *, near: Path) -> Model | None:
+    """Return the model that a package was made of, if it lies here: its hash decides."""
+    wanted = package.manifest.provenance.source_sha256
+    shapes = {t.name: t.shape for t in package.signature.inputs}
+    for folder in dict.fromkeys((near.absolute().parent, Path.cwd())):
+        for path in sorted(folder.glob("*.onnx")):
+            if onnx_file.read(path).sha256 == wanted:
+                return importer.load(path, shapes)
+    return None
+
+
+def _unique(name: str, taken: dict[str, runtime.Runner]) -> str:
+    number, unique = 2, name
+    while unique in taken:
+        unique, number = f"{name} ({number})", number + 1
+    return unique
+
+
+def _require_same_inputs(runners: dict[str, runtime.Runner]) -> None:
+    (first, runner), *others = runners.items()
+    for name, other in others:
+        if other.signature.inputs != runner.signature.inputs:
+            raise UsageError(
+                f"{first} and {name} take different inputs and cannot be compared: "
+                f"{', '.join(map(str, runner.signature.inputs))} and "
+                f"{', '.join(map(str, other.signature.inputs))}"
+            )

@@ -1,0 +1,347 @@
+"""From a model to a package: lower, tune, schedule, link, prove.
+
+`compile` is what ``hone compile`` and ``hone.compile`` do; `assemble` is the part of it that every
+candidate of a build goes through as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hone.passes.lower.fuse_operators import kernel_layers
+from hone.targets import features
+from hone.targets.target import Target, resolve
+
+from . import parity, pipeline, runtime, steps
+from .data import Dataset
+from .data import load as load_data
+from .database import Database
+from .errors import LockedError, ToolchainError, UsageError
+from .golden import Golden
+from .manifest import ProvenanceEntry, TargetEntry
+from .package import Package
+from .progress import Progress, silent
+from .weights import weights_bytes
+
+if TYPE_CHECKING:
+    import tvm
+
+    from .model import Model
+    from .tune import TuneResult
+
+# Largest relative error of a replayed golden output. fp32: sums of another machine are taken in
+# another order, by a few units in the last place of the longest. int8: integer kernels are exact,
+# but a float that lies on the border of two levels at a float-to-integer step may round to the
+# other one on another machine; one level of 255 at the output, with room for two such steps.
+GOLDEN_TOLERANCE = {"fp32": 1e-4, "int8": 0.02}
+GOLDEN_SEED = 20261121
+GOLDEN_SAMPLES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """A package and how it came about.
+
+    Parameters
+    ----------
+    package : Package
+        Ready to save or to run.
+    scheduled : Scheduled
+        The rule of each kernel, and which ones the tuning database covers.
+    """
+
+    package: Package
+    scheduled: pipeline.Scheduled
+
+
+def runs_here(target: Target) -> bool:
+    """Say whether this machine can run code for a target."""
+    return features.machine() == target.arch and not features.missing(target.features, target.arch)
+
+
+def assemble(
+    model: Model,
+    *,
+    target: Target,
+    threads: int,
+    precision: str = "fp32",
+    database: Database | None = None,
+) -> Assembled:
+    """Compile a model's module as it is and put it into a package without golden samples.
+
+    Parameters
+    ----------
+    model : Model
+        Its module may have been compressed.
+    target : Target
+        What to compile for.
+    threads : int
+        Threads of one run.
+    precision : {"fp32", "int8"}
+        Lowest precision of the module's kernels; decides the tolerance of golden outputs.
+    database : Database, optional
+        Tuning records to use.
+
+    Returns
+    -------
+    Assembled
+
+    Raises
+    ------
+    ToolchainError
+        No linker for the target (exit 6).
+    """
+    lowered = pipeline.lower(model.module, target, threads=threads)
+    scheduled = pipeline.schedule(lowered, target, threads=threads, database=database)
+    library = pipeline.link(scheduled.module, target, threads=threads)
+    ids = {layer.binding: layer.id for layer in model.layers}
+    table = {
+        kernel: tuple(dict.fromkeys(ids[name] for name in names if name in ids))
+        for kernel, names in kernel_layers(lowered).items()
+    }
+
+    floats = [t.name for t in model.signature.outputs if t.dtype.startswith("float")]
+    package = Package.create(
+        library=library,
+        signature=model.signature,
+        target=TargetEntry(
+            name=target.name,
+            arch=target.arch,
+            triple=target.triple,
+            features=target.features,
+            threads=threads,
+            glibc=target.glibc,
+        ),
+        precision=precision,
+        weights_bytes=weights_bytes(lowered),
+        kernels=table,
+        provenance=ProvenanceEntry(source_sha256=model.origin.sha256, opset=model.origin.opset),
+        golden=(),
+        tolerance=dict.fromkeys(floats, GOLDEN_TOLERANCE[precision]),
+        recipe={},
+        # Sorting and top-k are calls by name into the runtime's second library.
+        needs_runtime_extra=b"tvm.contrib.sort" in library,
+    )
+    return Assembled(package=package, scheduled=scheduled)
+
+
+def reference_runner(
+    model: Model, package: Package, *, target: Target, threads: int
+) -> runtime.Runner:
+    """Return something that computes what a package computes, on this machine.
+
+    For a package of another machine that is its twin: the same module compiled for the host.
+    """
+    if runs_here(target):
+        return runtime.load(package)
+    return runtime.load(assemble(model, target=resolve("host"), threads=threads).package)
+
+
+def golden_samples(model: Model, runner: runtime.Runner) -> tuple[Golden, ...]:
+    """Return seeded inputs and what a runner answers."""
+    samples = []
+    for number in range(GOLDEN_SAMPLES):
+        inputs = parity.random_inputs(model, GOLDEN_SEED + number)
+        samples.append(Golden(inputs=inputs, outputs=runner.run(inputs)))
+    return tuple(samples)
+
+
+def compile(
+    model: Model,
+    *,
+    target: str | Target = "host",
+    threads: int = 2,
+    precision: str = "fp32",
+    tune_seconds: float | None = None,
+    database: Path | None = None,
+    locked: bool = False,
+    calibration: str | Dataset | None = None,
+    progress: Progress | None = None,
+) -> Package:
+    """Compile a model, check it against onnxruntime, and return a package.
+
+    Parameters
+    ----------
+    model : Model
+        From `hone.load`.
+    target : str or Target
+        A name that `hone target list` shows.
+    threads : int
+        Threads of one run.
+    precision : {"fp32", "int8"}
+        ``int8`` quantizes with the calibration data; ``bf16`` is not available yet.
+    tune_seconds : float, optional
+        Search for better schedules for so long first; needs a target that runs here.
+    database : Path, optional
+        Folder of tuning records; ``.hone/tuning`` when only ``tune_seconds`` is given.
+    locked : bool
+        Refuse to compile a kernel that the database knows nothing about.
+    calibration : str or Dataset, optional
+        Samples for ``int8``, in the data syntax.
+    progress : Progress, optional
+        Where to report.
+
+    Returns
+    -------
+    Package
+
+    Raises
+    ------
+    AccuracyError
+        The result differs from onnxruntime's (exit 4).
+    LockedError
+        ``locked``, and a record is missing (exit 9).
+    UsageError
+        The options do not go together (exit 2).
+    """
+    progress = progress or silent()
+    resolved = resolve(target)
+    if threads < 1:
+        raise UsageError(f"threads must be at least 1, not {threads}")
+    if precision not in GOLDEN_TOLERANCE:
+        raise UsageError(
+            f"precision {precision!r} is not available in this version",
+            hint=f"one of {', '.join(GOLDEN_TOLERANCE)}",
+        )
+    if locked and database is None:
+        raise UsageError("locked needs a database of tuning records", hint="--database DIR")
+    records = _database(resolved, threads=threads, folder=database, tune_seconds=tune_seconds)
+    unchanged = model
+    if precision == "int8":
+        model = steps.int8(
+            model, _calibration(model, calibration), threads=threads, progress=progress
+        ).model
+    if tune_seconds is not None and records is not None:
+        search(
+            model, resolved, threads=threads, seconds=tune_seconds, database=records,
+            progress=progress,
+        )  # fmt: skip
+    with progress.task("compile"):
+        assembled = assemble(
+            model, target=resolved, threads=threads, precision=precision, database=records
+        )
+    if records is not None:
+        _report_hits(assembled.scheduled, locked=locked, progress=progress)
+    runner = reference_runner(model, assembled.package, target=resolved, threads=threads)
+    with progress.task("compare with onnxruntime"):
+        if model is unchanged:
+            run = runner.run
+        else:
+            fp32 = assemble(unchanged, target=resolve("host"), threads=threads).package
+            run = runtime.load(fp32).run
+        progress.log(str(parity.check(unchanged, run, threads=threads)))
+    return assembled.package.with_evidence(
+        golden=golden_samples(model, runner),
+        recipe={"precision": precision, "tuned": records is not None},
+    )
+
+
+def _database(
+    target: Target, *, threads: int, folder: Path | None, tune_seconds: float | None
+) -> Database | None:
+    if folder is None and tune_seconds is None:
+        return None
+    return Database(folder or Path(".hone", "tuning"), target, threads=threads)
+
+
+def _calibration(model: Model, given: str | Dataset | None) -> Dataset:
+    if given is None:
+        raise UsageError(
+            "int8 needs calibration data: a few hundred samples of what the model will see",
+            hint="--calibration DATA, such as calibration.npz",
+        )
+    return load_data(given, model.signature) if isinstance(given, str) else given
+
+
+def _report_hits(scheduled: pipeline.Scheduled, *, locked: bool, progress: Progress) -> None:
+    total = len(scheduled.decisions)
+    if locked and scheduled.untuned:
+        raise LockedError(
+            f"{len(scheduled.untuned)} of {total} kernels have no tuning record: "
+            + ", ".join(scheduled.untuned),
+            hint="`hone tune` fills the database; without --locked they are compiled untuned",
+        )
+    share = f"{100 * scheduled.hits / total:.0f}%" if total else "no kernels"
+    progress.log(f"tuning records: {scheduled.hits} of {total} kernels ({share})")
+    for failure in scheduled.failed:
+        progress.log(f"tuning record not usable, compiled untuned: {failure}")
+
+
+def search(
+    model: Model,
+    target: Target,
+    *,
+    threads: int,
+    seconds: float,
+    database: Database,
+    progress: Progress,
+) -> TuneResult:
+    """Tune the kernels of a model's module as it is; see `tune`.
+
+    Raises
+    ------
+    ToolchainError
+        This machine cannot run the target's code (exit 6).
+    """
+    if not runs_here(target):
+        raise ToolchainError(
+            f"tuning measures on the target, and this machine cannot run code for {target.name!r}",
+            hint="compile without --tune, or tune on such a machine and copy its database",
+        )
+    from .tune import tune as tune_kernels
+
+    lowered: tvm.IRModule = pipeline.lower(model.module, target, threads=threads)
+    return tune_kernels(
+        lowered, target, threads=threads, budget_s=seconds, database=database, progress=progress
+    )
+
+
+def tune(
+    model: Model,
+    *,
+    target: str | Target = "host",
+    threads: int = 2,
+    budget_s: float,
+    database: Path,
+    progress: Progress | None = None,
+) -> TuneResult:
+    """Search for better schedules of a model's kernels and keep the records.
+
+    Parameters
+    ----------
+    model : Model
+        From `hone.load`, or compressed.
+    target : str or Target
+        Must run on this machine.
+    threads : int
+        Threads of one run.
+    budget_s : float
+        Seconds, start-up included.
+    database : Path
+        Folder of tuning records; created where it is missing.
+    progress : Progress, optional
+        Where to report.
+
+    Returns
+    -------
+    TuneResult
+
+    Raises
+    ------
+    OutOfTimeError
+        No candidate could be measured within the budget (exit 11).
+    InterruptError
+        Interrupted by the user; everything measured is kept (exit 130).
+    """
+    resolved = resolve(target)
+    records = Database(database, resolved, threads=threads)
+    return search(
+        model,
+        resolved,
+        threads=threads,
+        seconds=budget_s,
+        database=records,
+        progress=progress or silent(),
+    )

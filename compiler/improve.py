@@ -1,0 +1,392 @@
+"""``hone build``: try each step of a recipe, measure it against what was kept, keep or revert.
+
+Nothing is kept because it ought to be better. A step that is not faster outside noise (or, with
+``goal = "size"``, not smaller), or costs more accuracy than the budget, is reverted, and the report
+says so with both numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+
+from hone.targets.target import Target, resolve
+
+from . import driver, importer, parity, steps
+from .data import Dataset
+from .data import load as load_data
+from .database import Database
+from .errors import OutOfTimeError, UsageError
+from .evaluate import Quality, evaluate
+from .manifest import AccuracyEntry
+from .measure import Contender, InProcess, Measurement, Outcome, Rounds, Speedup, measure
+from .model import Model
+from .peers import Peer
+from .progress import Progress, silent
+from .recipe import Int8Step, PruneStep, Recipe, SplitStep, TuneStep
+from .report.schema import Latency, Report, Verdict
+from .report.schema import Peer as PeerRow
+from .summary import Judged, Version, summarize
+
+RANDOM_SAMPLES = 8
+
+
+def build(recipe: Recipe, *, progress: Progress | None = None) -> Report:
+    """Run a recipe and write package, ``report.json`` and ``report.html``.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        From `hone.recipe.load`.
+    progress : Progress, optional
+        Where to report.
+
+    Returns
+    -------
+    Report
+        As written to ``report.json``.
+
+    Raises
+    ------
+    HoneError
+        Anything that stops the build before it has a result; see the exit codes.
+    """
+    return _Build(recipe, progress or silent()).run()
+
+
+class _Build:
+    """One run of a recipe: what all its steps share."""
+
+    def __init__(self, recipe: Recipe, progress: Progress) -> None:
+        self.recipe = recipe
+        self.progress = progress
+        self.target: Target = resolve(recipe.target.name)
+        self.target.tvm_target(recipe.target.threads)  # a target without code generation: exit 6
+        self.threads = recipe.target.threads
+        self.measurable = driver.runs_here(self.target)
+        self.model = importer.load(recipe.model_path, recipe.model.shapes)
+        self.calibration = self._data(recipe.calibration)
+        self.evaluation = self._data(recipe.evaluation) or self._random_evaluation()
+        if recipe.data.metric == "top1" and self.evaluation.labels is None:
+            raise UsageError(
+                "top-1 needs evaluation data with labels",
+                where="data.evaluation",
+                hint='add an array `labels`, or set [data] metric = "relative_error"',
+            )
+        self.database = Database(recipe.database_path, self.target, threads=self.threads)
+        self.rounds = Rounds(
+            rounds=recipe.measure.rounds, runs=recipe.measure.runs, warmup=recipe.measure.warmup
+        )
+        self.reference: Mapping[str, np.ndarray] | None = None
+        self.baseline_accuracy: float | None = None
+        self.notes: list[str] = []
+
+    def _data(self, spec: str | None) -> Dataset | None:
+        return None if spec is None else load_data(spec, self.model.signature)
+
+    def _random_evaluation(self) -> Dataset:
+        """Return seeded inputs for a model without evaluation data."""
+        if self.recipe.data.metric == "top1":
+            raise UsageError(
+                "top-1 needs evaluation data",
+                where="data.evaluation",
+                hint='name labelled samples, or set [data] metric = "relative_error"',
+            )
+        samples = [
+            parity.random_inputs(self.model, self.recipe.seed + number)
+            for number in range(RANDOM_SAMPLES)
+        ]
+        return Dataset(
+            inputs={name: np.stack([s[name] for s in samples]) for name in samples[0]},
+            labels=None,
+            source=f"{RANDOM_SAMPLES} random samples",
+        )
+
+    # ---------------------------------------------------------------- versions
+
+    def version(
+        self, name: str, model: Model, *, precision: str = "fp32", tuned: bool = False
+    ) -> Version:
+        """Compile a model, make it runnable here and evaluate it."""
+        with self.progress.task(f"{name}: compile and evaluate"):
+            assembled = driver.assemble(
+                model,
+                target=self.target,
+                threads=self.threads,
+                precision=precision,
+                database=self.database if tuned else None,
+            )
+            runner = driver.reference_runner(
+                model, assembled.package, target=self.target, threads=self.threads
+            )
+            quality, outputs = evaluate(runner.run, self.evaluation, reference=self.reference)
+            if self.reference is None:
+                self.reference = outputs
+                self.baseline_accuracy = quality.accuracy
+                quality = replace(quality, output_error=0.0)
+        return Version(
+            name=name,
+            model=model,
+            precision=precision,
+            assembled=assembled,
+            runner=runner,
+            quality=quality,
+            tuned=tuned,
+        )
+
+    def tune(self, model: Model, seconds: float) -> str | None:
+        """Search for schedules; return why there are none, or None."""
+        try:
+            driver.search(
+                model,
+                self.target,
+                threads=self.threads,
+                seconds=seconds,
+                database=self.database,
+                progress=self.progress,
+            )
+        except OutOfTimeError as error:
+            return error.message
+        return None
+
+    # ---------------------------------------------------------------- steps
+
+    def run(self) -> Report:
+        """Run all steps, measure everything once more together, write the results."""
+        started = time.monotonic()
+        baseline = self.version("baseline", self.model)
+        checked = parity.check(self.model, baseline.runner.run, threads=self.threads)
+        self.notes.append(str(checked))
+        rows = [
+            Judged(
+                name=baseline.name,
+                version=baseline,
+                verdict=Verdict.BASELINE,
+                reason="fp32, no tuning: the schedules that every later row starts from",
+                seconds=time.monotonic() - started,
+            )
+        ]
+        rows += self._tuned_baseline()
+        kept = baseline
+        for step, name in zip(self.recipe.step, self.recipe.step_names(), strict=True):
+            started = time.monotonic()
+            judged = self._step(step, name, kept)
+            rows.append(replace(judged, seconds=time.monotonic() - started))
+            self.progress.log(f"{name}: {judged.verdict} ({judged.reason})")
+            if judged.version and judged.verdict in (Verdict.KEPT, Verdict.NOT_MEASURED):
+                kept = judged.version
+        return self._finish(rows, kept)
+
+    def _tuned_baseline(self) -> list[Judged]:
+        """Return the row of the unchanged model after tuning, where the recipe wants one."""
+        seconds = self.recipe.measure.baseline_tune_seconds
+        if not seconds or not self.measurable:
+            return []
+        started = time.monotonic()
+        failure = self.tune(self.model, seconds)
+        version = self.version(f"baseline tuned ({seconds:g} s)", self.model, tuned=True)
+        return [
+            Judged(
+                name=version.name,
+                version=version,
+                verdict=Verdict.BASELINE,
+                reason=failure or "for comparison",
+                seconds=time.monotonic() - started,
+                settings={"seconds": seconds},
+            )
+        ]
+
+    def _step(
+        self, step: PruneStep | Int8Step | SplitStep | TuneStep, name: str, kept: Version
+    ) -> Judged:
+        settings = step.model_dump(mode="json")
+        candidate = self._propose(step, kept)
+        if isinstance(candidate, str):
+            verdict = Verdict.REVERTED if self.measurable else Verdict.NOT_MEASURED
+            return Judged(name=name, verdict=verdict, reason=candidate, settings=settings)
+        tuned = kept.tuned or isinstance(step, TuneStep)
+        version = self.version(name, candidate.model, precision=candidate.precision, tuned=tuned)
+        judged = self._judge(version, kept)
+        reason = f"{judged.reason}; {candidate.note}" if candidate.note else judged.reason
+        return replace(judged, reason=reason, settings=settings, skipped=candidate.skipped)
+
+    def _propose(
+        self, step: PruneStep | Int8Step | SplitStep | TuneStep, kept: Version
+    ) -> steps.Candidate | str:
+        """Return what a step makes of the kept model, or why it makes nothing."""
+        if isinstance(step, TuneStep):
+            if not self.measurable:
+                return "no device"
+            failure = self.tune(kept.model, self.recipe.tune_seconds(step))
+            return failure or steps.Candidate(model=kept.model, precision=kept.precision)
+        if kept.precision != "fp32":
+            return f"{step.kind} works on fp32, and the model is {kept.precision} already"
+        if isinstance(step, PruneStep):
+            with self.progress.task("prune and recover"):
+                candidate = steps.prune(
+                    kept.model,
+                    step,
+                    teacher=self.model,
+                    calibration=self.calibration,
+                    threads=self.threads,
+                    seed=self.recipe.seed,
+                    progress=self.progress,
+                )
+        elif isinstance(step, Int8Step):
+            if self.calibration is None:
+                raise UsageError("int8 needs calibration data", where="data.calibration")
+            with self.progress.task("calibrate and quantize"):
+                candidate = steps.int8(
+                    kept.model,
+                    self.calibration,
+                    skip=step.skip,
+                    threads=self.threads,
+                    progress=self.progress,
+                )
+        else:
+            candidate = steps.split(kept.model, step)
+        if candidate.model.module.same_as(kept.model.module):
+            return candidate.note or "nothing to change"
+        return candidate
+
+    def _judge(self, version: Version, kept: Version) -> Judged:
+        """Measure a candidate against what was kept, and say whether it stays."""
+        lost = self._lost(version.quality)
+        budget = self.recipe.goal.max_accuracy_drop
+        speedup = None
+        if self.measurable:
+            with self.progress.task("measure", total=self.rounds.rounds) as task:
+                inputs = self.evaluation.sample(0)
+                measured = measure(
+                    {
+                        "kept": InProcess(kept.runner.prepare(inputs)),
+                        "candidate": InProcess(version.runner.prepare(inputs)),
+                    },
+                    self.rounds,
+                    on_round=task.update,
+                )
+            speedup = measured.speedup("candidate", over="kept")
+        smaller = version.weights_bytes < kept.weights_bytes
+        size = f"weights {kept.weights_bytes} → {version.weights_bytes} bytes"
+        if lost > budget + 1e-12:
+            verdict, reason = (
+                Verdict.REVERTED,
+                f"loses {self._loss(lost)}, budget {self._loss(budget)}",
+            )
+        elif self.recipe.goal.goal == "size":
+            verdict = Verdict.KEPT if smaller else Verdict.REVERTED
+            reason = size if smaller else f"not smaller: {size}"
+        elif speedup is None:
+            verdict, reason = Verdict.NOT_MEASURED, f"no device; {size}"
+        elif speedup.outcome is Outcome.FASTER:
+            verdict, reason = Verdict.KEPT, _speed(speedup)
+        else:
+            verdict, reason = Verdict.REVERTED, f"not faster outside noise: {_speed(speedup)}"
+        return Judged(
+            name=version.name, version=version, verdict=verdict, reason=reason, speedup=speedup
+        )
+
+    def _lost(self, quality: Quality) -> float:
+        """Return the loss against the baseline, in the unit of the accuracy budget."""
+        if self.recipe.data.metric == "top1":
+            return (self.baseline_accuracy or 0.0) - (quality.accuracy or 0.0)
+        return quality.output_error or 0.0
+
+    def _loss(self, amount: float) -> str:
+        if self.recipe.data.metric == "top1":
+            return f"{100 * amount:.2f} points of top-1"
+        return f"{amount:.2g} relative output error"
+
+    # ---------------------------------------------------------------- results
+
+    def _finish(self, rows: list[Judged], kept: Version) -> Report:
+        measured, peers = self._measure_all(rows)
+        report = summarize(
+            self.recipe,
+            self.model,
+            rows=rows,
+            kept=kept,
+            measured=measured,
+            peers=peers,
+            notes=self.notes,
+        )
+        package = kept.assembled.package.with_evidence(
+            golden=driver.golden_samples(kept.model, kept.runner),
+            recipe=self._decisions(rows, kept),
+            accuracy=self._accuracy_entry(kept.quality),
+        )
+        folder = self.recipe.output_directory
+        folder.mkdir(parents=True, exist_ok=True)
+        package.save(self.recipe.package_path)
+        report.write(folder / "report.json")
+        from .report import html
+
+        (folder / "report.html").write_text(html.render(report), encoding="utf-8")
+        return report
+
+    def _accuracy_entry(self, quality: Quality) -> AccuracyEntry | None:
+        if quality.accuracy is not None:
+            return AccuracyEntry(metric="top-1", value=quality.accuracy, samples=quality.samples)
+        return None
+
+    def _decisions(self, rows: list[Judged], kept: Version) -> dict[str, object]:
+        """Return what was decided, for the manifest: nothing that depends on clock or host."""
+        decided: dict[str, object] = {
+            "goal": self.recipe.goal.goal,
+            "max_accuracy_drop": self.recipe.goal.max_accuracy_drop,
+            "seed": self.recipe.seed,
+            "steps": [
+                {**row.settings, "verdict": str(row.verdict)}
+                for row in rows
+                if row.verdict is not Verdict.BASELINE
+            ],
+        }
+        if kept.tuned:
+            decided["tuning_database"] = self.database.fingerprint()
+        return decided
+
+    def _measure_all(self, rows: list[Judged]) -> tuple[Measurement | None, dict[str, PeerRow]]:
+        """Measure every version and every peer in one interleaved run."""
+        peers: dict[str, PeerRow] = {}
+        if not self.measurable or self.model.source is None:
+            return None, peers
+        inputs = self.evaluation.sample(0)
+        contenders: dict[str, Contender] = {
+            row.name: InProcess(row.version.runner.prepare(inputs)) for row in rows if row.version
+        }
+        with ExitStack() as stack:
+            running = []
+            for name in self.recipe.measure.baselines:
+                peer = stack.enter_context(
+                    Peer(name, self.model.source, inputs, threads=self.threads)
+                )
+                contenders[name] = peer
+                running.append(peer.info)
+            with self.progress.task("measure all together", total=self.rounds.rounds) as task:
+                measured = measure(contenders, self.rounds, on_round=task.update)
+        for info in running:
+            peers[info.name] = PeerRow(
+                latency_ms=Latency.of(measured.latency(info.name)),
+                accuracy=self._peer_accuracy(info.name),
+                version=info.version,
+                threads=info.threads,
+                precision=info.precision,
+            )
+        return measured, peers
+
+    def _peer_accuracy(self, name: str) -> float | None:
+        """Return onnxruntime's accuracy; other peers are measured for latency only."""
+        if name != "onnxruntime" or self.model.source is None or self.evaluation.labels is None:
+            return None
+        run = parity.onnxruntime_runner(self.model.source, threads=self.threads)
+        quality, _ = evaluate(run, self.evaluation)
+        return quality.accuracy
+
+
+def _speed(speedup: Speedup) -> str:
+    low, high = speedup.ci95
+    return f"{speedup.ratio:.2f} times as fast (95% {low:.2f} to {high:.2f})"
