@@ -107,7 +107,8 @@ class Rebuilder:
     function : relax.Function
         The original; stays as it is.
     params : sequence of relax.Var, optional
-        New parameters. The first ones stand for the original parameters, in order.
+        The parameters of the copy, where they differ. The caller says with `replace` what stands
+        for an original parameter that is not among them.
     """
 
     def __init__(self, function: relax.Function, params: Sequence[relax.Var] | None = None) -> None:
@@ -115,9 +116,7 @@ class Rebuilder:
         self._params = list(function.params if params is None else params)
         self._builder = relax.BlockBuilder()
         self._bindings: list[relax.VarBinding] = []
-        self._replacement: dict[relax.Var, relax.Expr] = dict(
-            zip(function.params, self._params[: len(function.params)], strict=True)
-        )
+        self._replacement: dict[relax.Var, relax.Expr] = {}
 
     def use(self, expr: relax.Expr) -> relax.Expr:
         """Return `expr` with every variable replaced by what stands for it now."""

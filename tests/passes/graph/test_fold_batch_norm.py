@@ -54,6 +54,7 @@ class Net:
     def module(self, result: relax.Expr) -> tvm.IRModule:
         output = self.emit("gv", result, relax.Var)
         body = relax.SeqExpr([relax.DataflowBlock(self.bindings)], output)
+        body = self.builder.normalize(body)
         function = relax.Function([self.x], body, output.ty)
         return tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
 
