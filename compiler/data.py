@@ -46,7 +46,7 @@ class Dataset:
 
     def sample(self, index: int) -> dict[str, np.ndarray]:
         """Return the inputs of one run."""
-        return {name: array[index] for name, array in self.inputs.items()}
+        return {name: array[index, ...] for name, array in self.inputs.items()}
 
 
 def load(

@@ -38,6 +38,10 @@ hone compile net.onnx --target host --threads 2 -o net.hone
 hone bench net.hone --vs onnxruntime"""
 
 
+CLOSED_PIPE = 128 + 13
+"""What a shell reports for a program that SIGPIPE ended, such as ``cat`` in ``cat x | head``."""
+
+
 class Hone(click.Group):
     """The group of verbs; imports only the one that runs."""
 
@@ -97,10 +101,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
             auto_envvar_prefix=ENVIRONMENT_PREFIX,
         )
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of stdout has left; the interpreter must not fail at its last flush.
+    except (BrokenPipeError, SystemExit):
+        # The reader of stdout has left (click itself makes a SystemExit of it). The interpreter
+        # must not fail at its last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return CLOSED_PIPE
     except (KeyboardInterrupt, click.Abort):
         return _say(debug, "interrupted", InterruptError.exit_code)
     except click.ClickException as error:

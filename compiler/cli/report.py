@@ -64,10 +64,10 @@ def show(file: Path, form: str | None, to: Path | None) -> None:
     """Print the table of steps, or convert the report."""
     from hone.report.schema import Report
 
+    if form is None and to is not None:
+        raise click.UsageError("-o needs one of --html, --md, --junit or --json.")
     loaded = Report.read(file)
     if form is None:
-        if to is not None:
-            raise click.UsageError("-o needs one of --html, --md, --junit or --json.")
         show_table(loaded)
         return
     text = _render(loaded, form)
