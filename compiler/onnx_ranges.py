@@ -59,7 +59,8 @@ def _rows(graph: Graph, proto: onnx.NodeProto) -> int | None:
         indices = graph.values.get(proto.input[1])
         batch = attributes(proto).get("batch_dims", 0)
         return min(shape[batch : batch + indices.shape[-1]]) if indices else None
-    return shape[attributes(proto).get("axis", 0)]
+    axis: int = attributes(proto).get("axis", 0)
+    return shape[axis]
 
 
 def float_types(graph: Graph) -> frozenset[str]:
