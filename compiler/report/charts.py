@@ -225,7 +225,8 @@ def _measured(
 
 def _ticks(low: float, high: float) -> list[float]:
     """Return 4 to 8 round values that enclose an interval."""
-    span = high - low or 1.0
+    high = high if high > low else low + 1.0
+    span = high - low
     magnitude = 10.0 ** math.floor(math.log10(span / 4))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if span / (m * magnitude) <= 6)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
