@@ -75,21 +75,19 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
     elif rule == "dense":
         schedule_dense(schedule, machine, anchor, blocks)
     else:
-        schedule_batch_matmul(schedule, machine, anchor, blocks)
+        schedule_batch_matmul(schedule, machine, anchor, find("bmm_pad"), blocks)
 
 
-def schedule_function(
-    func: tirx.PrimFunc, machine: Machine, *, kernel: str
-) -> tuple[tirx.PrimFunc, Decision]:
-    """Schedule one function by the most special rule that applies.
+def trace(func: tirx.PrimFunc, machine: Machine) -> tuple[s_tir.Schedule | None, str, str]:
+    """Schedule one function by the most special rule that applies, and keep the steps.
 
-    A template that the function does not fit (a ``ScheduleError``) gives way to the generic
-    rule, and the decision says so.
+    A template that the function does not fit (a ``ScheduleError``) gives way to the generic rule.
 
     Returns
     -------
     tuple
-        The function, marked as scheduled, and the decision.
+        The schedule with its trace, None where no rule applies; the rule's name; and why a more
+        special one did not apply.
     """
     reason = ""
     probe = s_tir.Schedule(tvm.IRModule({"main": func}))
@@ -101,9 +99,24 @@ def schedule_function(
         except s_tir.ScheduleError as error:
             reason = f"{rule}: {str(error).strip().splitlines()[-1]}"
             continue
-        scheduled = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
-        return scheduled, Decision(kernel=kernel, rule=rule, reason=reason)
-    return func, Decision(kernel=kernel, rule="none", reason=reason)
+        return schedule, rule, reason
+    return None, "none", reason
+
+
+def schedule_function(
+    func: tirx.PrimFunc, machine: Machine, *, kernel: str
+) -> tuple[tirx.PrimFunc, Decision]:
+    """Schedule one function as `trace` does.
+
+    Returns
+    -------
+    tuple
+        The function, marked as scheduled, and the decision.
+    """
+    schedule, rule, reason = trace(func, machine)
+    if schedule is not None:
+        func = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    return func, Decision(kernel=kernel, rule=rule, reason=reason)
 
 
 class ScheduleModule:
