@@ -12,11 +12,15 @@ import math
 from functools import partial
 
 import numpy as np
-from tvm import relax, te
+import tvm
+from tvm import relax, te, tirx
 
 from hone.targets.schedule.machine import Machine, choose_tile
 
 from .anchors import ANCHOR, default_legalization, is_constant
+
+# With fewer rows than this in the last axis a register tile would be mostly empty.
+SHORT = 8
 
 
 def pack_dense_weight(weight: np.ndarray, tile: int) -> np.ndarray:
@@ -28,31 +32,56 @@ def pack_dense_weight(weight: np.ndarray, tile: int) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(depth, rounded // tile, tile).transpose(1, 0, 2))
 
 
-def dense(data: te.Tensor, weight: te.Tensor, *, channels: int) -> te.Tensor:
-    """Return ``[M, C] x packed [ceil(K / tk), C, tk]`` as ``[M, K]``."""
-    rows = int(data.shape[0])
-    blocks, depth, tile = (int(extent) for extent in weight.shape)
+def dense(data: te.Tensor, weight: te.Tensor, *, channels: int, tile_rows: int) -> te.Tensor:
+    """Return ``[..., M, C] x packed [ceil(K / tk), C, tk]`` as ``[..., M, K]``.
+
+    Where ``tile_rows`` does not divide M, the last tile computes the last row again and again;
+    what is computed twice is cut off, and no row is read beyond the end.
+    """
+    *outer, rows, depth = (int(extent) for extent in data.shape)
+    rounded = -(-rows // tile_rows) * tile_rows
+    blocks, _, tile = (int(extent) for extent in weight.shape)
     c = te.reduce_axis((0, depth), "c")
-    sums = te.compute(
-        (rows, blocks * tile),
-        lambda m, k: te.sum(data[m, c] * weight[k // tile, c, k % tile], axis=c),
-        name="mm_acc",
-    )
-    if blocks * tile == channels:
+
+    def element(*i: tirx.Var) -> tirx.Expr:
+        *at, m, k = i
+        row = m if rounded == rows else tirx.min(m, rows - 1)
+        return te.sum(data[(*at, row, c)] * weight[k // tile, c, k % tile], axis=c)
+
+    sums = te.compute((*outer, rounded, blocks * tile), element, name="mm_acc")
+    if blocks * tile == channels and rounded == rows:
         return sums
-    return te.compute((rows, channels), lambda *i: sums[i], name="mm_cut")
+    return te.compute((*outer, rows, channels), lambda *i: sums[i], name="mm_cut")
 
 
-def batch_matmul(left: te.Tensor, right: te.Tensor) -> te.Tensor:
-    """Return ``[..., M, C] x [..., C, K]``, leading axes equal."""
+def batch_matmul(left: te.Tensor, right: te.Tensor, *, tile_rows: int, lanes: int) -> te.Tensor:
+    """Return ``[..., M, C] x [..., C, K]``, leading axes equal.
+
+    Where the lanes of a vector do not divide K, the right side is copied with zeros behind it.
+    For rows that ``tile_rows`` does not divide see `dense`.
+    """
     *outer, rows, depth = (int(extent) for extent in left.shape)
     channels = int(right.shape[-1])
+    rounded = -(-rows // tile_rows) * tile_rows
+    padded = -(-channels // lanes) * lanes
+    if padded > channels:
+        source = right
+        right = te.compute(
+            (*outer, depth, padded),
+            lambda *i: tirx.if_then_else(i[-1] < channels, source[i], tirx.const(0, source.dtype)),
+            name="bmm_pad",
+        )
     c = te.reduce_axis((0, depth), "c")
-    return te.compute(
-        (*outer, rows, channels),
-        lambda *i: te.sum(left[(*i[:-1], c)] * right[(*i[:-2], c, i[-1])], axis=c),
-        name="bmm_acc",
-    )
+
+    def element(*i: tirx.Var) -> tirx.Expr:
+        *at, m, k = i
+        row = m if rounded == rows else tirx.min(m, rows - 1)
+        return te.sum(left[(*at, row, c)] * right[(*at, c, k)], axis=c)
+
+    sums = te.compute((*outer, rounded, padded), element, name="bmm_acc")
+    if rounded == rows and padded == channels:
+        return sums
+    return te.compute((*outer, rows, channels), lambda *i: sums[i], name="bmm_cut")
 
 
 def legalize_matmul(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -63,25 +92,46 @@ def legalize_matmul(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) 
     if not (str(left.ty.dtype) == str(right.ty.dtype) == str(call.ty.dtype) == "float32"):
         return default_legalization(bb, call)
     if is_constant(right) and len(right_shape) == 2 and len(left_shape) >= 2:
-        rows = math.prod(left_shape[:-1])
-        depth, channels = right_shape
+        return _packed(machine, bb, call, left_shape, right)
+    if len(left_shape) == len(right_shape) >= 3 and left_shape[:-2] == right_shape[:-2]:
+        rows, depth = left_shape[-2:]
+        channels = right_shape[-1]
         tile = choose_tile(machine, height=1, width=rows, channels=channels, depth=depth, taps=1)
-        packed = pack_dense_weight(right.value.numpy(), tile.vectors * machine.lanes)
-        flat = left
-        if len(left_shape) > 2:
-            flat = bb.emit(relax.op.reshape(left, (rows, depth)))
-        product = bb.call_te(
-            partial(dense, channels=channels),
-            flat,
-            relax.const(packed),
-            primfunc_name_hint="dense",
+        return bb.call_te(
+            partial(batch_matmul, tile_rows=tile.columns, lanes=min(machine.lanes, channels)),
+            left,
+            right,
+            primfunc_name_hint="batch_matmul",
             primfunc_attrs=ANCHOR,
         )
-        if len(left_shape) > 2:
-            product = relax.op.reshape(bb.emit(product), (*left_shape[:-1], channels))
-        return product
-    if len(left_shape) == len(right_shape) >= 3 and left_shape[:-2] == right_shape[:-2]:
-        return bb.call_te(
-            batch_matmul, left, right, primfunc_name_hint="batch_matmul", primfunc_attrs=ANCHOR
-        )
     return default_legalization(bb, call)
+
+
+def _packed(
+    machine: Machine,
+    bb: relax.BlockBuilder,
+    call: relax.Call,
+    left_shape: list[int],
+    weight: tvm.ir.GenericConst,
+) -> relax.Expr:
+    """Legalize a product with constant weights, as one long matrix where rows are few."""
+    *outer, rows, depth = left_shape
+    channels = int(weight.ty.shape[-1])
+    flatten = rows < SHORT and math.prod(outer) > 1
+    if flatten:
+        rows = math.prod(left_shape[:-1])
+    tile = choose_tile(machine, height=1, width=rows, channels=channels, depth=depth, taps=1)
+    packed = pack_dense_weight(weight.value.numpy(), tile.vectors * machine.lanes)
+    data = call.args[0]
+    if flatten:
+        data = bb.emit(relax.op.reshape(data, (rows, depth)))
+    product = bb.call_te(
+        partial(dense, channels=channels, tile_rows=tile.columns),
+        data,
+        relax.const(packed),
+        primfunc_name_hint="dense",
+        primfunc_attrs=ANCHOR,
+    )
+    if flatten:
+        product = relax.op.reshape(bb.emit(product), (*left_shape[:-1], channels))
+    return product

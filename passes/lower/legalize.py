@@ -16,6 +16,7 @@ from hone.targets.schedule.machine import Machine
 
 from .conv2d import legalize_conv2d
 from .dense import legalize_matmul
+from .elementary import ELEMENTARY_RULES
 from .pool2d import legalize_max_pool2d
 
 
@@ -40,6 +41,7 @@ class LegalizeForCPU:
             "relax.nn.conv2d": partial(legalize_conv2d, self._machine),
             "relax.matmul": partial(legalize_matmul, self._machine),
             "relax.nn.max_pool2d": legalize_max_pool2d,
+            **ELEMENTARY_RULES,
             **integer_rules(self._machine),
         }
         transform = relax.transform

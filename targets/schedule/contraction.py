@@ -116,10 +116,10 @@ def schedule_dense(
     anchor: SBlockRV,
     blocks: list[SBlockRV],
 ) -> None:
-    """Schedule ``[M, C] x packed [K / tk, C, tk]``; loops ``m, k, c``."""
+    """Schedule ``[..., M, C] x packed [K / tk, C, tk]``; loops ``..., m, k, c``."""
     output = output_block(schedule, anchor, blocks)
-    m, k, c = schedule.get_loops(anchor)
-    rows, channels, depth = extents(schedule, anchor)
+    *outer, m, k, c = schedule.get_loops(anchor)
+    *batch, rows, channels, depth = extents(schedule, anchor)
     tile_channels = read_shape(schedule, anchor, 1)[-1]
     lanes = vector_length(tile_channels, machine.lanes)
     vectors = tile_channels // lanes
@@ -129,10 +129,10 @@ def schedule_dense(
     m_outer, m_inner = schedule.split(m, [None, tile_rows])
     k_outer, k_vector, k_lane = schedule.split(k, [None, vectors, lanes])
     weight_bytes = channels * depth * 4
-    input_bytes = rows * depth * 4
+    input_bytes = math.prod(batch) * rows * depth * 4
     row_parts, channel_parts = choose_tasks(
         machine,
-        batch=1,
+        batch=math.prod(batch),
         row_tiles=rows // tile_rows,
         channel_tiles=channels // tile_channels,
         weight_bytes=weight_bytes,
@@ -142,10 +142,10 @@ def schedule_dense(
     m_part, m_block = schedule.split(m_outer, [row_parts, None])
     k_part, k_block = schedule.split(k_outer, [channel_parts, None])
     order = (k_part, m_part) if weight_bytes > input_bytes else (m_part, k_part)
-    schedule.reorder(*order, k_block, m_block, c, m_inner, k_vector, k_lane)
-    tasks = schedule.fuse(*order)
+    schedule.reorder(*outer, *order, k_block, m_block, c, m_inner, k_vector, k_lane)
+    tasks = schedule.fuse(*outer, *order)
     schedule.reverse_compute_at(output, m_block, preserve_unit_loops=True)
-    work = rows * channels * depth
+    work = math.prod(batch) * rows * channels * depth
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     schedule.vectorize(k_lane)
     for loop in (m_inner, k_vector):
@@ -158,16 +158,17 @@ def schedule_batch_matmul(
     schedule: s_tir.Schedule,
     machine: Machine,
     anchor: SBlockRV,
+    padding: SBlockRV | None,
     blocks: list[SBlockRV],
 ) -> None:
     """Schedule ``[..., M, C] x [..., C, K]`` of two activations; loops ``..., m, k, c``.
 
-    The right matrix is read as it lies: a vector of ``k`` is contiguous.
+    The right matrix is read as it lies, or from its padded copy, which each matrix of the batch
+    makes once: a vector of ``k`` is contiguous.
     """
     output = output_block(schedule, anchor, blocks)
     *outer, m, k, c = schedule.get_loops(anchor)
-    sizes = extents(schedule, anchor)
-    rows, channels, depth = sizes[-3:]
+    *batch, rows, channels, depth = extents(schedule, anchor)
     lanes = vector_length(channels, machine.lanes)
     most = max(machine.accumulators // 4, 1)
     vectors = max(v for v in range(1, most + 1) if (channels // lanes) % v == 0)
@@ -176,12 +177,22 @@ def schedule_batch_matmul(
     )
     m_outer, m_inner = schedule.split(m, [None, tile_rows])
     k_outer, k_vector, k_lane = schedule.split(k, [None, vectors, lanes])
-    schedule.reorder(*outer, m_outer, k_outer, c, m_inner, k_vector, k_lane)
-    tasks = schedule.fuse(*outer, m_outer)
-    schedule.reverse_compute_at(output, k_outer, preserve_unit_loops=True)
-    parallelize(schedule, tasks, work=math.prod(sizes), least=MIN_PARALLEL_MULTIPLY_ADDS)
+    # With fewer matrices than threads, the rows of one are shared out too.
+    parts = 1
+    if math.prod(batch) % machine.threads:
+        parts = math.gcd(rows // tile_rows, machine.threads)
+    m_part, m_block = schedule.split(m_outer, [parts, None])
+    schedule.reorder(*outer, m_part, k_outer, m_block, c, m_inner, k_vector, k_lane)
+    tasks = schedule.fuse(*outer, m_part)
+    schedule.reverse_compute_at(output, m_block, preserve_unit_loops=True)
+    if padding is not None:
+        schedule.compute_at(padding, tasks, preserve_unit_loops=True)
+        last = schedule.get_loops(padding)[-1]
+        schedule.vectorize(schedule.split(last, [None, lanes])[1])
+    work = math.prod(batch) * rows * channels * depth
+    parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     schedule.vectorize(k_lane)
     for loop in (m_inner, k_vector):
         schedule.unroll(loop)
-    start_sums(schedule, anchor, c, outer_loops=2)
-    finish_output(schedule, output, outer_loops=2, lanes=machine.lanes)
+    start_sums(schedule, anchor, c, outer_loops=3)
+    finish_output(schedule, output, outer_loops=3, lanes=machine.lanes)
