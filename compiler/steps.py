@@ -13,7 +13,7 @@ from hone.passes.graph.split_operator import SplitOperator
 from hone.passes.prune.prune_channels import PruneChannels
 from hone.passes.quantize.quantize_int8 import Quantization, quantize_int8
 
-from . import calibrate, recover
+from . import calibrate
 from .data import Dataset
 from .errors import UsageError
 from .model import Model
@@ -82,6 +82,8 @@ def prune(
     note = f"removed {plan.removed} of {total} channels"
     module = apply(student, pruning)
     if step.recover is not None and calibration is not None:
+        from . import recover
+
         options = step.recover
         result = recover.distill(
             module,
