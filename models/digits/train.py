@@ -1,6 +1,6 @@
 """Train the digits CNN with Relax and write the files beside this one.
 
-``python -m hone.models.digits.train`` takes about two minutes on one core and needs the ``dev``
+``python -m hone.models.digits.train`` takes about three minutes on one core and needs the ``dev``
 extra (scikit-learn's digits). Forward pass, gradients and optimizer are Relax functions; batch
 normalization trains on batch statistics and its running statistics are states of the module, so
 that the ONNX model that comes out has real, separate BatchNormalization nodes.
@@ -18,16 +18,20 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from hone.models.digits_cnn import CHANNELS, digits_cnn
 
 SEED = 0
 BATCH = 64
-# Epochs and learning rate of each phase; momentum and weight decay are the usual ones.
-SCHEDULE = ((24, 0.05), (12, 0.01), (6, 0.002))
+# Epochs and learning rate of each phase.
+SCHEDULE = ((24, 0.02), (12, 0.004), (6, 0.0008))
 MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4
+WEIGHT_DECAY = 1e-3
+# Augmentation, chosen on 30% of the training split held out (99.3% against 98.5% with whole
+# pixels and no noise): shift in pixels each way, standard deviation of the noise.
+SHIFT = 0.7
+NOISE = 0.05
 RUNNING_STATISTICS_MOMENTUM = 0.1
 EVALUATION_SHARE = 0.25
 CALIBRATION_SAMPLES = 256
@@ -208,24 +212,62 @@ def train(
 def _batches(
     samples: Samples, rng: np.random.Generator
 ) -> Iterator[tuple[Float32, NDArray[np.int64]]]:
-    """One epoch in random order, each image moved by up to one pixel; the remainder is left out."""
+    """One augmented epoch in random order; the remainder of a batch is left out."""
     order = rng.permutation(len(samples))
     for start in range(0, len(samples) - BATCH + 1, BATCH):
         batch = samples.take(order[start : start + BATCH])
-        padded = np.pad(batch.image, ((0, 0), (0, 0), (1, 1), (1, 1)))
-        moves = rng.integers(0, 3, (BATCH, 2))
-        moved = [p[:, y : y + 8, x : x + 8] for p, (y, x) in zip(padded, moves, strict=True)]
-        yield np.stack(moved), batch.labels
+        yield _augment(batch.image, rng), batch.labels
+
+
+def _augment(image: Float32, rng: np.random.Generator) -> Float32:
+    """Shift each image by a fraction of a pixel (bilinear, zeros come in) and add noise."""
+    padded = np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    for axis in (2, 3):
+        shift = rng.uniform(-SHIFT, SHIFT, (len(image), 1, 1, 1)).astype(np.float32)
+        neighbour = np.where(shift > 0, np.roll(padded, 1, axis), np.roll(padded, -1, axis))
+        padded += np.abs(shift) * (neighbour - padded)
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(NOISE)
+    return np.clip(padded[:, :, 1:-1, 1:-1] + noise, 0.0, 1.0)
+
+
+def settle_statistics(model: onnx.ModelProto, samples: Samples) -> None:
+    """Replace the running statistics by the exact ones of `samples`, one normalization at a time.
+
+    The moving averages of training are those of augmented images, which are blurred: the spread
+    of plain ones is nearly twice as large ("precise" batch normalization: Wu and Johnson,
+    "Rethinking 'Batch' in BatchNorm", 2021, section 3).
+    """
+    stored = {initializer.name: initializer for initializer in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "BatchNormalization":
+            continue
+        activation, _, _, mean, variance = node.input
+        values = np.concatenate(run(model, samples.image, activation)).astype(np.float64)
+        for name, statistic in (
+            (mean, values.mean(axis=(0, 2, 3))),
+            (variance, values.var(axis=(0, 2, 3))),
+        ):
+            array = statistic.astype(np.float32)
+            stored[name].CopyFrom(numpy_helper.from_array(array, name))
+
+
+def run(model: onnx.ModelProto, images: Float32, value: str) -> list[Float32]:
+    """Run images one by one through onnxruntime and return a value of the graph for each."""
+    import onnxruntime
+
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    del shown.graph.output[:]
+    shown.graph.output.append(onnx.helper.make_tensor_value_info(value, TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(
+        shown.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return [session.run(None, {"image": image[None]})[0] for image in images]
 
 
 def accuracy(model: onnx.ModelProto, samples: Samples) -> float:
     """Top-1 through onnxruntime, in [0, 1]."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    found = [session.run(None, {"image": image[None]})[0].argmax() for image in samples.image]
+    found = [logits.argmax() for logits in run(model, samples.image, "logits")]
     return float(np.mean(np.array(found) == samples.labels))
 
 
@@ -243,6 +285,7 @@ def main() -> None:
     final = train(training, initial)
     for initializer in model.graph.initializer:
         initializer.CopyFrom(numpy_helper.from_array(final[initializer.name], initializer.name))
+    settle_statistics(model, training)
     onnx.checker.check_model(model, full_check=True)
     for name, samples in (("training", training), ("evaluation", evaluation)):
         print(f"{name}: {len(samples)} samples, top-1 {accuracy(model, samples):.4f}")
