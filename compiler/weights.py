@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     import tvm
 
@@ -28,7 +26,7 @@ def weights_bytes(lowered: tvm.IRModule) -> int:
 
     def visit(node: object) -> None:
         if isinstance(node, tvm.ir.GenericConst):
-            value = np.ascontiguousarray(node.value.numpy())
+            value = node.value.numpy()
             stored[str(value.dtype), value.shape, value.tobytes()] = value.nbytes
 
     for function in lowered.functions.values():

@@ -11,6 +11,8 @@ import tvm
 from tvm import relax
 
 import hone.passes.quantize.legalize  # noqa: F401  registers the lowering
+from hone.errors import ModelError
+from hone.passes.apply import apply
 from hone.passes.quantize import operators
 from hone.passes.quantize.arithmetic import GUARD_BITS
 from hone.passes.quantize.legalize import rules
@@ -31,7 +33,7 @@ def run(build: Build, arrays: list[np.ndarray], machine: Machine | None = None) 
         with bb.dataflow():
             out = bb.emit_output(build(*params))
         bb.emit_func_output(out)
-    module = relax.transform.LegalizeOps(rules(machine) if machine else None)(bb.get())
+    module = apply(bb.get(), relax.transform.LegalizeOps(rules(machine) if machine else None))
     vm = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
     return vm["main"](*[tvm.runtime.tensor(a) for a in arrays]).numpy()
 
@@ -351,9 +353,7 @@ def test_weights_stay_int8_and_packed_when_lowered() -> None:
         with bb.dataflow():
             out = bb.emit_output(build_conv(case, arguments[1])(*params))
         bb.emit_func_output(out)
-    lowered = tvm.transform.Sequential(
-        [relax.transform.LegalizeOps(), relax.transform.FoldConstant()]
-    )(bb.get())
+    lowered = apply(bb.get(), relax.transform.LegalizeOps(), relax.transform.FoldConstant())
     constants: list[tuple[str, tuple[int, ...]]] = []
 
     def visit(node: relax.Expr) -> None:
@@ -371,7 +371,6 @@ def test_lowering_refuses_when_the_weight_is_not_constant() -> None:
     def build(data, weight, *rest):
         return operators.conv2d_int8(data, weight, *rest)
 
-    # Errors raised inside a TVM pass come back as RuntimeError with their text.
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(ModelError) as error:
         run(build, arguments)
     assert str(error.value) == "hone.conv2d_int8: the weights must be constant to be packed"
