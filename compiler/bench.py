@@ -120,7 +120,9 @@ def bench(
     contenders: dict[str, Contender] = {
         name: InProcess(runner.prepare(inputs)) for name, runner in runners.items()
     }
-    precisions = {name: runner.manifest.precision for name, runner in runners.items()}
+    precisions: dict[str, str] = {
+        name: runner.manifest.precision for name, runner in runners.items()
+    }
     plan = rounds or Rounds()
     with ExitStack() as stack:
         for name in vs:

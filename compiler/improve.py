@@ -28,6 +28,7 @@ from .model import Model
 from .peers import Peer
 from .progress import Progress, silent
 from .recipe import Int8Step, PruneStep, Recipe, SplitStep, TuneStep
+from .reference import reference
 from .report.schema import Latency, Report, Verdict
 from .report.schema import Peer as PeerRow
 from .summary import Judged, Version, summarize
@@ -382,8 +383,7 @@ class _Build:
         """Return onnxruntime's accuracy; other peers are measured for latency only."""
         if name != "onnxruntime" or self.model.source is None or self.evaluation.labels is None:
             return None
-        run = parity.onnxruntime_runner(self.model.source, threads=self.threads)
-        quality, _ = evaluate(run, self.evaluation)
+        quality, _ = evaluate(reference(self.model, threads=self.threads).run, self.evaluation)
         return quality.accuracy
 
 

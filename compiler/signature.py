@@ -62,7 +62,7 @@ class Signature:
 
         return cls(inputs=specs(data["inputs"]), outputs=specs(data["outputs"]))
 
-    def check_inputs(self, feeds: Mapping[str, np.ndarray]) -> None:
+    def check_inputs(self, feeds: Mapping[str, object]) -> None:
         """Check names, dtypes and shapes of one run's inputs.
 
         Byte order and strides do not matter here: the runtime copies where it must.

@@ -103,7 +103,8 @@ def schedule_reduction_block(schedule: s_tir.Schedule, machine: Machine, block: 
     if _last_axis_is_reduced(schedule, block):
         extent = int(schedule.get(reduced[-1]).extent)
         lanes = vector_length(extent, machine.lanes)
-        if lanes > 1 and extent > lanes:
+        # Without a spatial loop rfactor fails inside TVM; such a sum is short or rare.
+        if spatial and lanes > 1 and extent > lanes:
             outer, inner = schedule.split(reduced[-1], [None, lanes])
             partial = schedule.rfactor(inner, factor_axis=len(spatial))
             _schedule_partial_sums(schedule, partial, block, len(spatial), steps)
