@@ -60,9 +60,10 @@ def load(source: str | os.PathLike[str] | bytes | Package, threads: int | None =
     package = source if isinstance(source, Package) else Package.read(source)
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}.")
-    _check_machine(package.manifest)
+    where = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    _check_machine(package.manifest, where)
     runtime = tvm_runtime()
-    _check_version(package.manifest, runtime)
+    _check_version(package.manifest, runtime, where)
     if package.manifest.needs_runtime_extra:
         runtime.require_extra()
     if any(name.startswith("amx-") for name in package.manifest.target.features):
@@ -73,7 +74,9 @@ def load(source: str | os.PathLike[str] | bytes | Package, threads: int | None =
 class Runner:
     """A package in memory, ready to run from any thread.
 
-    Calls from several threads are taken one after the other.
+    Calls from several threads are taken one after the other. A process forked after a run can go
+    on running; like the children of ``multiprocessing`` it should end by ``os._exit``, because
+    TVM's thread pool aborts when it is torn down without its threads.
 
     Parameters
     ----------
@@ -220,7 +223,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return np.ndarray(shape, dtype, buffer=memory.data, offset=start)
 
 
-def _check_machine(manifest: Manifest) -> None:
+def _check_machine(manifest: Manifest, where: str | None) -> None:
     """Refuse code that this processor or its C library cannot run."""
     target = manifest.target
     rebuild = "rebuild it for this machine: `hone compile --target host`."
@@ -228,12 +231,14 @@ def _check_machine(manifest: Manifest) -> None:
         raise PackageError(
             f"the package was built for {target.arch} (target {target.name}); this machine is "
             f"{machine}.",
+            where=where,
             hint=rebuild,
         )
     if missing := features.missing(target.features, target.arch):
         raise PackageError(
             f"the package was built for {', '.join(target.features)} (target {target.name}); "
             f"this CPU lacks {', '.join(missing)}.",
+            where=where,
             hint=f"{rebuild[:-1]}, or for a named one: `--target x86-64-v3`."
             if target.arch == "x86_64"
             else rebuild,
@@ -244,6 +249,7 @@ def _check_machine(manifest: Manifest) -> None:
             f"the package needs glibc {target.glibc} or newer; this machine has "
             f"{name or 'another C library'} {version}".rstrip()
             + ".",
+            where=where,
             hint=rebuild,
         )
 
@@ -252,12 +258,13 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
-def _check_version(manifest: Manifest, runtime: TVMRuntime) -> None:
+def _check_version(manifest: Manifest, runtime: TVMRuntime, where: str | None) -> None:
     """Require the TVM that wrote the code: its formats change between releases."""
     required = manifest.versions.tvm
     if runtime.version != required:
         raise PackageError(
             f"the package was built with TVM {required}; TVM {runtime.version} is installed.",
+            where=where,
             hint=f"pip install apache-tvm=={required} "
             f"apache-tvm-ffi=={manifest.versions.tvm_ffi}, or rebuild the package.",
         )
