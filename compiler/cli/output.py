@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from hone.signature import TensorSpec
 
 
+WIDE = 100
+"""Columns of a terminal from which on numbers are not wrapped: texts beside them are."""
+
+
 def write_json(data: Any) -> None:
     """Print the one JSON document of a ``--json`` run."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
@@ -61,9 +65,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: str =
     from rich.text import Text
 
     terminal = sys.stdout.isatty()
+    # A pipe has no width: cutting or wrapping a cell there would break whatever reads it.
+    console = Console(file=sys.stdout, highlight=False, width=None if terminal else 10_000)
+    whole = console.width >= WIDE
     drawn = Table(
         box=box.SIMPLE_HEAD if terminal else None,
         pad_edge=False,
+        collapse_padding=True,
         show_edge=False,
         header_style="bold",
     )
@@ -71,13 +79,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: str =
         drawn.add_column(
             Text(column),
             justify="right" if side == ">" else "left",
-            no_wrap=not terminal,
+            no_wrap=not terminal or (whole and side == ">"),
             overflow="fold",
         )
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    # A pipe has no width: cutting or wrapping a cell there would break whatever reads it.
-    console = Console(file=sys.stdout, highlight=False, width=None if terminal else 10_000)
     with console.capture() as captured:
         console.print(drawn)
     click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))

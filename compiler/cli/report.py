@@ -120,8 +120,14 @@ def show_table(loaded: Report) -> None:
     """Print the table of steps, and what else a reader must know."""
     from hone.report import table
 
-    lines = [line.cells for line in table.lines(loaded)]
-    output.table(table.columns(loaded), lines, right=table.RIGHT)
+    lines = table.lines(loaded)
+    rows = [(line.name, line.verdict, *line.figures) for line in lines]
+    output.table(table.columns(loaded), rows, right=table.RIGHT)
+    # Beside eight columns a reason would be a tower of words.
+    reasons = [(line.name, line.judgement) for line in lines if line.reason]
+    if reasons:
+        click.echo()
+        output.pairs(reasons)
     if loaded.tuning is not None:
         hits, total = loaded.tuning.hits, loaded.tuning.total
         output.note(f"tuning records for {hits} of {total} kernels")

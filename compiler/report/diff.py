@@ -101,7 +101,7 @@ class Comparison:
         }
 
 
-COLUMNS = ("step", "change", "median ms", "", "slowdown", "top-1", "weights")
+COLUMNS = ("step", "change", "old median ms", "new median ms", "slowdown", "top-1", "weights")
 RIGHT = "  >>>  "
 
 
