@@ -71,7 +71,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: str =
     drawn = Table(
         box=box.SIMPLE_HEAD if terminal else None,
         pad_edge=False,
-        collapse_padding=True,
+        collapse_padding=terminal,
         show_edge=False,
         header_style="bold",
     )
