@@ -7,69 +7,22 @@ and training. An operator that is not listed is converted by TVM's importer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 from tvm import relax
+from tvm.relax import op
 
-from .signature import TensorSpec
-
-op = relax.op
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One ONNX node to convert.
-
-    Parameters
-    ----------
-    bb : relax.BlockBuilder
-        Inside a dataflow block.
-    inputs : sequence of relax.Expr or None
-        None where an input is left out.
-    values : sequence of ndarray or None
-        The inputs' values where they are constant.
-    attributes : mapping
-        By name, strings decoded.
-    outputs : sequence of TensorSpec
-        Those that are not left out.
-    opset : int
-        Of the default domain.
-    """
-
-    bb: relax.BlockBuilder
-    inputs: Sequence[Any]
-    values: Sequence[np.ndarray | None]
-    attributes: Mapping[str, Any]
-    outputs: Sequence[TensorSpec]
-    opset: int
-
-    def input(self, index: int) -> Any:
-        """Return an input, None where it is left out."""
-        return self.inputs[index] if index < len(self.inputs) else None
-
-    def value(self, index: int) -> np.ndarray | None:
-        """Return an input's constant value, None where it has none."""
-        return self.values[index] if index < len(self.values) else None
-
-    def shape(self, index: int = 0) -> tuple[int, ...]:
-        """Return an input's shape."""
-        return tuple(int(d) for d in self.inputs[index].ty.shape)
-
-    def dtype(self, index: int = 0) -> str:
-        """Return an input's dtype."""
-        return str(self.inputs[index].ty.dtype)
+from .onnx_call import Call, Converter, const
+from .onnx_windows import WINDOWS
 
 
-Converter = Callable[[Call], Any]
-"""Returns the result, one expression of tuple type or a list for several outputs, or None to leave
-the node to TVM's importer."""
+def _is_float(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat"))
 
 
-def _const(value: Any, dtype: str) -> Any:
-    return relax.const(value, dtype)
+# ---------------------------------------------------------------- shapes
 
 
 def _reshape(call: Call) -> Any:
@@ -81,31 +34,246 @@ def _identity(call: Call) -> Any:
     return call.inputs[0]
 
 
+def _dropout(call: Call) -> Any:
+    """Inference: the input, and a mask that keeps everything."""
+    mask = [op.ones(o.shape, "bool") for o in call.outputs[1:]]
+    return [call.inputs[0], *mask] if mask else call.inputs[0]
+
+
+def _transpose(call: Call) -> Any:
+    return op.permute_dims(call.inputs[0], call.attributes.get("perm"))
+
+
+def _expand(call: Call) -> Any:
+    shape = call.outputs[0].shape
+    return call.inputs[0] if shape == call.shape() else op.broadcast_to(call.inputs[0], shape)
+
+
+def _tile(call: Call) -> Any:
+    repeats = call.ints(1, "repeats")
+    return None if repeats is None else op.tile(call.inputs[0], repeats)
+
+
+def _concat(call: Call) -> Any:
+    return op.concat(list(call.inputs), call.axis())
+
+
+def _split(call: Call) -> Any:
+    axis = call.axis()
+    if len(call.outputs) == 1:
+        return [call.inputs[0]]
+    ends = np.cumsum([o.shape[axis] for o in call.outputs])[:-1]
+    return op.split(call.inputs[0], [int(e) for e in ends], axis)
+
+
+def _slice(call: Call) -> Any:
+    rank = len(call.shape())
+    starts, stops = call.ints(1, "starts"), call.ints(2, "ends")
+    if starts is None or stops is None:
+        return None
+    axes = call.ints(3, "axes") or list(range(len(starts)))
+    steps = call.ints(4, "steps") or [1] * len(starts)
+    begins, ends = [], []
+    for axis, start, stop, step in zip(axes, starts, stops, steps, strict=True):
+        size = call.shape()[axis]
+        begin, end, _ = slice(start, stop, step).indices(size)
+        begins.append(begin)
+        ends.append(end if end >= 0 else -size - 1)
+    return op.strided_slice(call.inputs[0], [a % rank for a in axes], begins, ends, steps)
+
+
+def _constant_of_shape(call: Call) -> Any:
+    value = call.attributes.get("value")
+    output = call.outputs[0]
+    fill = 0 if value is None else _scalar(value)
+    return op.full(output.shape, const(fill, output.dtype), output.dtype)
+
+
+def _scalar(tensor: Any) -> Any:
+    from onnx import numpy_helper
+
+    return numpy_helper.to_array(tensor).reshape(-1)[0]
+
+
+# ---------------------------------------------------------------- indexing
+
+
+def _gather(call: Call) -> Any:
+    """``take``; in range at any index, since TVM's default reads beyond the table."""
+    axis = call.axis()
+    indices = call.value(1)
+    if indices is None:
+        # Negative indices count from the end: wrapping is one rule for all that are valid.
+        return op.take(call.inputs[0], call.inputs[1], axis, mode="wrap")
+    size = call.shape()[axis]
+    if ((indices < -size) | (indices >= size)).any():
+        raise ValueError(f"indices must lie in {-size} to {size - 1}")
+    indices = np.where(indices < 0, indices + size, indices)
+    return op.take(call.inputs[0], const(indices, str(call.inputs[1].ty.dtype)), axis, mode="clip")
+
+
+def _cumsum(call: Call) -> Any:
+    axes = call.ints(1, "axis")
+    if axes is None:
+        return None
+    axis = axes[0] % len(call.shape())
+    data, reverse = call.inputs[0], bool(call.attributes.get("reverse", 0))
+    if reverse:
+        data = op.flip(data, axis)
+    exclusive = bool(call.attributes.get("exclusive", 0))
+    data = op.cumsum(data, axis, call.dtype(), exclusive)
+    return op.flip(data, axis) if reverse else data
+
+
+# ---------------------------------------------------------------- elementwise
+
+
 def _clip(call: Call) -> Any:
     """``min(max(x, low), high)``; relu where low is 0, which fuses and trains everywhere."""
     x, dtype = call.inputs[0], call.dtype()
+    bounds: list[Any]
     if call.opset < 11:
         bounds = [call.attributes.get("min"), call.attributes.get("max")]
-        low, high = (None if b is None else np.asarray(b) for b in bounds)
+    elif any(call.input(i) is not None and call.value(i) is None for i in (1, 2)):
+        return _clip_at_run_time(call)
     else:
-        if any(call.input(i) is not None and call.value(i) is None for i in (1, 2)):
-            return None
-        low, high = call.value(1), call.value(2)
-    if low is not None and not np.isnan(low):
-        zero = float(low) == 0 and np.issubdtype(np.dtype(dtype), np.floating)
-        x = op.nn.relu(x) if zero else op.maximum(x, _const(low.item(), dtype))
-    if high is not None and not np.isnan(high):
-        x = op.minimum(x, _const(high.item(), dtype))
-    return x
+        bounds = [call.value(1), call.value(2)]
+    low, high = (None if b is None or np.isnan(b) else np.asarray(b).item() for b in bounds)
+    if low is not None:
+        x = op.nn.relu(x) if low == 0 and _is_float(dtype) else op.maximum(x, const(low, dtype))
+    return x if high is None else op.minimum(x, const(high, dtype))
+
+
+def _clip_at_run_time(call: Call) -> Any:
+    x = call.inputs[0]
+    if call.input(1) is not None:
+        x = op.maximum(x, call.inputs[1])
+    return x if call.input(2) is None else op.minimum(x, call.inputs[2])
+
+
+def _hard_sigmoid(call: Call) -> Any:
+    """``min(max(alpha x + beta, 0), 1)``."""
+    alpha, beta = call.attributes.get("alpha", 0.2), call.attributes.get("beta", 0.5)
+    return _hard(call.inputs[0], alpha, beta, call.dtype())
+
+
+def _hard_swish(call: Call) -> Any:
+    """``x hard_sigmoid(x)`` with alpha 1/6 and beta 1/2."""
+    return op.multiply(call.inputs[0], _hard(call.inputs[0], 1 / 6, 0.5, call.dtype()))
+
+
+def _hard(x: Any, alpha: float, beta: float, dtype: str) -> Any:
+    line = op.add(op.multiply(x, const(alpha, dtype)), const(beta, dtype))
+    return op.minimum(op.nn.relu(line), const(1, dtype))
+
+
+def _is_inf(call: Call) -> Any:
+    x, dtype = call.inputs[0], call.dtype()
+    negative = call.attributes.get("detect_negative", 1)
+    positive = call.attributes.get("detect_positive", 1)
+    if negative and positive:
+        return op.isinf(x)
+    if not negative and not positive:
+        return op.zeros(call.shape(), "bool")
+    return op.equal(x, const(np.inf if positive else -np.inf, dtype))
+
+
+# ---------------------------------------------------------------- linear algebra
+
+
+def _gemm(call: Call) -> Any:
+    """``alpha A' B' + beta C``; constant operands are transposed and scaled here."""
+    dtype = call.dtype()
+    a, b = call.inputs[0], call.inputs[1]
+    alpha, beta = (float(call.attributes.get(k, 1.0)) for k in ("alpha", "beta"))
+    if call.attributes.get("transA", 0):
+        a = op.permute_dims(a, [1, 0])
+    weight = call.value(1)
+    if weight is not None and _is_float(dtype):
+        weight = weight.T if call.attributes.get("transB", 0) else weight
+        if alpha != 1:
+            weight = weight.astype(np.float64) * alpha
+        b, alpha = const(np.ascontiguousarray(weight), dtype), 1.0
+    elif call.attributes.get("transB", 0):
+        b = op.permute_dims(b, [1, 0])
+    result = op.matmul(a, b)
+    if alpha != 1:
+        result = op.multiply(result, const(alpha, dtype))
+    bias = call.input(2)
+    if bias is None or beta == 0:
+        return result
+    value = call.value(2)
+    if beta != 1:
+        scaled = None if value is None else const(value.astype(np.float64) * beta, dtype)
+        bias = op.multiply(bias, const(beta, dtype)) if scaled is None else scaled
+    return op.add(result, bias)
+
+
+def _einsum(call: Call) -> Any:
+    return op.einsum(list(call.inputs), call.attributes["equation"].replace(" ", ""))
+
+
+# ---------------------------------------------------------------- normalization
+
+
+def _layer_normalization(call: Call) -> Any:
+    rank = len(call.shape())
+    axis = call.axis(-1)
+    normalized = call.shape()[axis:]
+    if len(call.outputs) > 1 or call.shape(1) != normalized:
+        return None
+    bias = call.input(2)
+    if bias is None:
+        bias = const(np.zeros(normalized), call.dtype(1))
+    elif call.shape(2) != normalized:
+        return None
+    epsilon = call.attributes.get("epsilon", 1e-5)
+    return op.nn.layer_norm(
+        call.inputs[0], call.inputs[1], bias, axes=list(range(axis, rank)), epsilon=epsilon
+    )
+
+
+def _batch_normalization(call: Call) -> Any:
+    """Inference: ``(x - mean) / sqrt(variance + epsilon) * scale + bias`` along axis 1."""
+    if any(call.dtype(i) != call.dtype() for i in range(5)):
+        return None
+    return relax.TupleGetItem(
+        call.bb.emit(
+            op.nn.batch_norm(
+                *call.inputs[:5],
+                axis=1,
+                epsilon=call.attributes.get("epsilon", 1e-5),
+                training=False,
+            )
+        ),
+        0,
+    )
 
 
 CONVERTERS: Final[Mapping[str, Converter]] = {
+    **WINDOWS,
+    "BatchNormalization": _batch_normalization,
     "Clip": _clip,
-    "Dropout": _identity,
+    "Concat": _concat,
+    "ConstantOfShape": _constant_of_shape,
+    "CumSum": _cumsum,
+    "Dropout": _dropout,
+    "Einsum": _einsum,
+    "Expand": _expand,
     "Flatten": _reshape,
+    "Gather": _gather,
+    "Gemm": _gemm,
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": _hard_swish,
     "Identity": _identity,
+    "IsInf": _is_inf,
+    "LayerNormalization": _layer_normalization,
     "Reshape": _reshape,
+    "Slice": _slice,
+    "Split": _split,
     "Squeeze": _reshape,
+    "Tile": _tile,
+    "Transpose": _transpose,
     "Unsqueeze": _reshape,
 }
 """By operator of the default domain."""

@@ -14,7 +14,8 @@ from tvm.relax.frontend.onnx import onnx_frontend
 
 from .layer_names import binding_names, layer_binding, part
 from .model import Layer
-from .onnx_converters import CONVERTERS, Call
+from .onnx_call import Call
+from .onnx_converters import CONVERTERS
 from .onnx_graph import Graph, Node, Problem, attributes
 from .signature import TensorSpec
 
