@@ -228,7 +228,7 @@ class Database:
         warnings = [text for part in contents.values() for text in part.warnings]
         repair = any(part.torn or None in part.values for part in contents.values())
 
-        self._workloads = [
+        self._workloads: list[list[Any]] = [
             value if _is_workload(value) else ["0", None] for value in contents[WORKLOADS].values
         ]
         self._records: list[list[Any]] = []
@@ -447,8 +447,8 @@ class Database:
         TuningRecord or None
             None when there is no record.
         """
-        from tvm_ffi import structural_equal
         from tvm.s_tir import meta_schedule as ms
+        from tvm_ffi import structural_equal
 
         module = workload_module(func)
         key = ms.database.Workload(module).as_json()[0]

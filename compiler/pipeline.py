@@ -18,7 +18,7 @@ from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.graph.fold_batch_norm import FoldBatchNorm
 from hone.passes.lower.fuse_operators import FuseOperators
 from hone.passes.lower.legalize import LegalizeForCPU
-from hone.passes.lower.promote_accumulators import TIR_PIPELINE
+from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 from hone.targets.schedule.cpu import Decision, ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
@@ -230,9 +230,7 @@ def build_executable(
     tvm_target = target.tvm_target(threads)
     with tvm_target:
         module = _run(finalize_stages(), scheduled)
-    # Constant loops are partitioned so that the bounds of padding leave the inner tiles.
-    config = {"s_tir.LoopPartition": {"partition_const_loop": True}}
-    with tvm.transform.PassContext(opt_level=3, config=config):
+    with tvm.transform.PassContext(opt_level=3, config=CODEGEN_CONFIG):
         return relax.build(module, tvm_target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)
 
 

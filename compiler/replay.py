@@ -6,7 +6,7 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir import meta_schedule as ms
 
-from hone.passes.lower.promote_accumulators import tir_pipeline
+from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, tir_pipeline
 
 from .database import workload_module
 from .errors import HoneError
@@ -65,5 +65,6 @@ def plain(module: tvm.IRModule) -> tvm.IRModule:
 def _lower(module: tvm.IRModule, target: tvm.target.Target) -> None:
     """Run everything up to code generation, as a check."""
     lower, finalize_host, _ = tir_pipeline()
-    module = tirx.transform.BindTarget(target.with_host(target))(module)
-    finalize_host()(lower(module))
+    with tvm.transform.PassContext(opt_level=3, config=CODEGEN_CONFIG):
+        module = tirx.transform.BindTarget(target.with_host(target))(module)
+        finalize_host()(lower(module))

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from json import loads
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,6 +30,8 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.analysis import estimate_tir_flops
 
 from hone.targets.features import missing
+from hone.targets.schedule.cpu import ScheduleModule
+from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
 
 from . import journal
@@ -183,6 +185,10 @@ class _Session:
     def elapsed_s(self) -> float:
         return time.monotonic() - self.started
 
+    def restart(self) -> None:
+        """Forget what the last child was doing."""
+        self.current = None
+
     def quarantine(self, position: int, reason: str) -> None:
         self.quarantined[position] = reason
         self.log(f"quarantined {self.tasks[position].name}: {reason}")
@@ -238,6 +244,7 @@ class _Session:
         """Return what a new child is told."""
         return {
             "target": self.target.llvm(self.threads),
+            "machine": asdict(Machine.of(self.target, self.threads)),
             "seed": self.seed,
             "deadline": self.deadline,
             "batch": _batch(self.budget_s, len(self.tasks)),
@@ -338,6 +345,7 @@ class _Child:
             "TVM_NUM_THREADS": str(session.threads),
             # One thread of numpy keeps the fork server single-threaded.
             "OPENBLAS_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
             "TMPDIR": str(folder),
         }
         with self._errors.open("wb") as errors:
@@ -440,7 +448,7 @@ def _search(
     """Run children until the search is over; return whether the user interrupted it."""
     false_starts = 0
     while True:
-        session.current = None
+        session.restart()
         child = _Child(session, folder)
         reason = "died"
         try:
@@ -505,8 +513,8 @@ def tune(
         Names of the kernels to tune; all of them when not given.
     untuned : callable, optional
         Schedules a workload (one function ``main``) as it is without a record: its time is what a
-        record has to beat, and its result what a candidate has to reproduce. The unscheduled
-        kernel when not given.
+        record has to beat, and its result what a candidate has to reproduce. The target's rule
+        when not given.
     watchdog_s : float
         A search that is silent for longer is replaced.
 
@@ -544,7 +552,9 @@ def tune(
         for warning in database.warnings:
             progress.log(f"warning: {warning}")
         session = _Session(
-            tasks=_extract(module, database, untuned or (lambda workload: workload), tasks),
+            tasks=_extract(
+                module, database, untuned or ScheduleModule(Machine.of(target, threads)), tasks
+            ),
             database=database,
             target=target,
             threads=threads,

@@ -25,18 +25,20 @@ from typing import Any
 import numpy as np
 import tvm
 
-from hone.passes.lower.promote_accumulators import TIR_PIPELINE
+from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 
 from .replay import plain
 
 WARM_UP_S = 0.005
 """Runs before the timing: the first ones pay for page faults and for the threads' start."""
 
-SAMPLE_S = 0.008
-"""One sample is at least this long: 100 000 times the clock's resolution."""
+SAMPLE_S = 0.004
+"""One sample is at least this long: 10 000 times the clock's resolution."""
 
-SAMPLES = 5
-"""Samples of a candidate; the middle three become its record."""
+SAMPLES = 10
+RECORDED = 3
+"""Samples of a candidate, and how many become its record: the shortest ones, since whatever else
+the machine does only ever adds time."""
 
 PATIENCE_S = 0.5
 """A kernel slower than this is timed by its one warm run."""
@@ -103,8 +105,7 @@ def build(module: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Module
     runtime.Module
         Machine code in memory.
     """
-    config = {"s_tir.LoopPartition": {"partition_const_loop": True}}
-    with tvm.transform.PassContext(opt_level=3, config=config):
+    with tvm.transform.PassContext(opt_level=3, config=CODEGEN_CONFIG):
         return tvm.tirx.build(plain(module), target, pipeline=TIR_PIPELINE)
 
 
@@ -193,7 +194,7 @@ def time_kernel(
     Returns
     -------
     tuple of float
-        Seconds per run: the middle three of `SAMPLES` samples, or the one that was taken.
+        Seconds per run: the `RECORDED` shortest of `SAMPLES` samples, or the one that was taken.
     """
 
     def sample(number: int, repeat: int) -> list[float]:
@@ -212,8 +213,7 @@ def time_kernel(
         once = sample(1, 1)[0]
     if once >= PATIENCE_S or (best_s is not None and once > HOPELESS * best_s):
         return (once,)
-    samples = sorted(sample(max(1, int(SAMPLE_S / once)), SAMPLES))
-    return tuple(samples[1:-1])
+    return tuple(sorted(sample(max(1, int(SAMPLE_S / once)), SAMPLES))[:RECORDED])
 
 
 def run_candidate(connection: Connection, job: Job) -> None:
@@ -255,5 +255,5 @@ def run_candidate(connection: Connection, job: Job) -> None:
 
 def _as_plain(tensor: tvm.runtime.Tensor) -> np.ndarray:
     """Return a copy that ``numpy.savez`` can store: float32 for types that NumPy lacks."""
-    values = tensor.numpy()
+    values: np.ndarray = tensor.numpy()
     return values.astype(np.float32) if values.dtype.kind == "V" else values

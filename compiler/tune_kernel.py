@@ -1,0 +1,247 @@
+"""The search for one kernel's schedule: proposes candidates and learns from their times.
+
+TVM's own loop (``tune_tasks``) can neither be stopped between batches nor told what to do next;
+its parts, the design space, the evolutionary search and the cost model, are driven from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm.s_tir import meta_schedule as ms
+from tvm.s_tir.meta_schedule import _ffi_api
+
+from hone.targets.schedule.machine import Machine
+
+from . import journal
+from .tune_variants import template_candidates
+
+POPULATION = 40
+FRESH = 20
+GENERATIONS = 2
+"""Traces that the evolutionary search holds, how many of them are sampled anew each time, and how
+often it breeds them. Each trace costs 10 ms on two cores: with TVM's 512, 50 and 4, proposing a
+batch of a small convolution takes half a minute, building and timing it two seconds."""
+
+SEEDS = 64
+"""Best records of a kernel that a resumed search starts from."""
+
+FOREVER = 1 << 30
+"""Trials per kernel: the clock ends the search, not a count."""
+
+
+def cores() -> int:
+    """Return the processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _mute(_level: int, _file: str, _line: int, _text: str) -> None:
+    """Log nothing: TVM writes 30 lines per batch."""
+
+
+def make_context(
+    module: tvm.IRModule,
+    target: tvm.target.Target,
+    strategy: ms.SearchStrategy,
+    *,
+    seed: int,
+) -> ms.TuneContext:
+    """Return a tune context made without ``TuneContext.__init__``.
+
+    That one imports ``tvm.s_tir.tensor_intrin``, half a minute of work, for intrinsics that only
+    the rules of other targets use; the rules given here need none.
+
+    Parameters
+    ----------
+    module : IRModule
+        The workload.
+    target : Target
+        What is tuned for.
+    strategy : SearchStrategy
+        How the space is searched.
+    seed : int
+        Positive.
+
+    Returns
+    -------
+    meta_schedule.TuneContext
+    """
+    space = ms.space_generator.PostOrderApply(
+        sch_rules=ms.ScheduleRule.create("llvm"),
+        postprocs=ms.Postproc.create("llvm"),
+        mutator_probs=ms.Mutator.create("llvm"),
+    )
+    context = ms.TuneContext.__new__(ms.TuneContext)
+    context.__init_handle_by_constructor__(
+        _ffi_api.TuneContext, module, target, space, strategy, "main", cores(), seed, _mute
+    )
+    _ffi_api.TuneContextInitialize(context)
+    return context
+
+
+def trace_key(record: list[Any]) -> str:
+    """Return what tells a kernel's candidates apart.
+
+    Parameters
+    ----------
+    record : list
+        JSON of a ``TuningRecord``.
+    """
+    return hashlib.sha256(journal.dumps(record[0])).hexdigest()
+
+
+def _result(seconds: tuple[float, ...]) -> ms.runner.RunnerResult:
+    if seconds:
+        return ms.runner.RunnerResult(list(seconds), None)
+    return ms.runner.RunnerResult(None, "failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """Candidates to measure next.
+
+    Parameters
+    ----------
+    candidates : list of MeasureCandidate
+        Empty when the search space is exhausted.
+    bred : bool
+        Whether the evolutionary search made them, which has to hear how they did.
+    """
+
+    candidates: list[ms.MeasureCandidate]
+    bred: bool
+
+
+class KernelSearch:
+    """The search space of one kernel, and what is known about it.
+
+    The first candidates are those of hone's templates, then, where nothing is known that could be
+    bred, one batch is drawn at random; the evolutionary search does the rest.
+
+    Parameters
+    ----------
+    module : IRModule
+        The workload.
+    target : Target
+        What is tuned for.
+    machine : Machine
+        For the templates.
+    records : list
+        JSON of what earlier sessions measured, best first.
+    database : Database
+        Where the evolutionary search looks for parents.
+    model : CostModel
+        Shared by all kernels.
+    batch : int
+        Candidates per proposal.
+    seed : int
+        Positive.
+    """
+
+    def __init__(
+        self,
+        module: tvm.IRModule,
+        target: tvm.target.Target,
+        machine: Machine,
+        *,
+        records: list[Any],
+        database: ms.database.Database,
+        model: ms.CostModel,
+        batch: int,
+        seed: int,
+    ) -> None:
+        self._target = target
+        self._database = database
+        self._model = model
+        self._workload = database.commit_workload(module)
+        self._known = {trace_key(record): tuple(record[1]) for record in records}
+        seeds = [
+            ms.database.TuningRecord.from_json(record, self._workload) for record in records[:SEEDS]
+        ]
+        for record in seeds:
+            database.commit_tuning_record(record)
+        evolution = ms.search_strategy.EvolutionarySearch(
+            population_size=POPULATION, init_min_unmeasured=FRESH, genetic_num_iters=GENERATIONS
+        )
+        self._context = make_context(module, target, evolution, seed=seed)
+        spaces = self._context.generate_design_space()
+        self._context.pre_tuning(FOREVER, batch, spaces, database, model)
+        templates = template_candidates(module, machine)
+        self._first = [templates[i : i + batch] for i in range(0, len(templates), batch)]
+        if seeds:
+            model.update(
+                self._context,
+                [record.as_measure_candidate() for record in seeds],
+                [_result(tuple(map(float, record.run_secs))) for record in seeds],
+            )
+        else:
+            draw = make_context(module, target, ms.search_strategy.ReplayTrace(), seed=seed)
+            draw.pre_tuning(batch, batch, spaces, database, model)
+            self._first.append(list(draw.generate_measure_candidates() or ()))
+
+    def propose(self) -> Proposal:
+        """Return the next candidates; none when the space is exhausted."""
+        while self._first:
+            candidates = self._first.pop(0)
+            if candidates:
+                return Proposal(candidates=candidates, bred=False)
+        bred = self._context.generate_measure_candidates()
+        return Proposal(candidates=list(bred or ()), bred=True)
+
+    def known(self, candidate: ms.MeasureCandidate) -> tuple[float, ...]:
+        """Return the seconds that were measured for a candidate before; empty when none were."""
+        return self._known.get(trace_key(self._record(candidate, (1.0,)).as_json()), ())
+
+    def record(self, candidate: ms.MeasureCandidate, seconds: tuple[float, ...]) -> list[Any]:
+        """Remember a measured candidate.
+
+        Parameters
+        ----------
+        candidate : MeasureCandidate
+            One of a proposal.
+        seconds : tuple of float
+            What was measured.
+
+        Returns
+        -------
+        list
+            JSON of its record.
+        """
+        record = self._record(candidate, seconds)
+        self._database.commit_tuning_record(record)
+        value: list[Any] = record.as_json()
+        self._known[trace_key(value)] = seconds
+        return value
+
+    def _record(
+        self, candidate: ms.MeasureCandidate, seconds: tuple[float, ...]
+    ) -> ms.database.TuningRecord:
+        return ms.database.TuningRecord(
+            candidate.sch.trace, self._workload, list(seconds), self._target, candidate.args_info
+        )
+
+    def learn(self, proposal: Proposal, seconds: list[tuple[float, ...]], new: list[int]) -> None:
+        """Tell the search how all candidates did, and the cost model how the new ones did.
+
+        Parameters
+        ----------
+        proposal : Proposal
+            What was measured.
+        seconds : list of tuple of float
+            For each candidate; empty when it failed.
+        new : list of int
+            Positions of the candidates that had not been measured before.
+        """
+        results = [_result(times) for times in seconds]
+        if proposal.bred:
+            self._context.notify_runner_results(proposal.candidates, results)
+        if new:
+            self._model.update(
+                self._context,
+                [proposal.candidates[i] for i in new],
+                [results[i] for i in new],
+            )
