@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hone.cli import options
+from hone.cli import options, output
 from hone.cli.command import verb
 
 
@@ -37,13 +37,15 @@ def build(recipe: Path, as_json: bool, **flags: Any) -> None:
     from hone.progress import console
     from hone.recipe import load
 
-    report = improve.build(load(recipe, _overrides(flags)), progress=console())
+    loaded = load(recipe, _overrides(flags))
+    report = improve.build(loaded, progress=console())
     if as_json:
         click.echo(report.to_json(), nl=False)
         return
     from hone.cli.report import show_table
 
     show_table(report)
+    output.note(f"wrote {loaded.package_path}, with report.json and report.html beside it")
 
 
 def _overrides(flags: dict[str, Any]) -> dict[str, Any]:

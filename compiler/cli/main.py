@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -92,7 +93,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     int
         The exit code.
     """
-    debug = os.environ.get("HONE_DEBUG", "") not in {"", "0"}
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(arguments, debug=os.environ.get("HONE_DEBUG", "") not in {"", "0"})
+
+
+def _run(arguments: Sequence[str] | None, *, debug: bool) -> int:
     try:
         code = hone_command.main(
             args=None if arguments is None else list(arguments),
@@ -128,6 +134,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def main() -> NoReturn:
     """Run the command line and exit: the console script ``hone``."""
     sys.exit(run())
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning without the place in hone's source that Python adds."""
+    click.echo(f"warning: {message}", err=True)
 
 
 def _say(debug: bool, text: str, code: int) -> int:

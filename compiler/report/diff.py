@@ -101,6 +101,9 @@ class Comparison:
         }
 
 
+MACHINE = ("cpu", "features", "cores", "governor")
+"""Entries of the environment without which two timings cannot be compared."""
+
 COLUMNS = ("step", "change", "old median ms", "new median ms", "slowdown", "top-1", "weights")
 RIGHT = "  >>>  "
 
@@ -174,7 +177,7 @@ def _warnings(old: Report, new: Report) -> list[str]:
         ("model", old.model.sha256[:12], new.model.sha256[:12]),
         ("target", old.target, new.target),
         ("threads", old.threads, new.threads),
-        ("cpu", old.environment.get("cpu"), new.environment.get("cpu")),
+        *((name, old.environment.get(name), new.environment.get(name)) for name in MACHINE),
     ]
     return [
         f"{name} differs: {before} and {after}" for name, before, after in facts if before != after

@@ -237,5 +237,5 @@ def test_json_schema_accepts_and_rejects_what_load_does(write):
 
 def test_recipe_round_trips_through_json(write):
     loaded = recipe.load(write(FULL))
-    again = recipe.parse(loaded.model_dump(mode="json"), folder=loaded.folder)
+    again = recipe.parse(loaded.model_dump(mode="json"), folder=loaded.folder, where=loaded.where)
     assert again == loaded

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,17 @@ def test_traceback_is_shown_when_debugging(run, replace_module, monkeypatch):
     assert shown.code == 2
     assert "Traceback (most recent call last)" in shown.err
     assert shown.err.endswith("error: wrong\n")
+
+
+def test_warnings_are_one_line_on_stderr(run, replace_module):
+    def passes(target: object, threads: int) -> list[tuple[str, str, str]]:
+        warnings.warn("3 rows are dropped", stacklevel=2)
+        return []
+
+    replace_module("pipeline", passes=passes)
+    shown = run("passes", "--json")
+    assert (shown.code, shown.data) == (0, {"passes": []})
+    assert shown.err == "warning: 3 rows are dropped\n"
 
 
 def test_interrupt_exits_130(run, replace_module):

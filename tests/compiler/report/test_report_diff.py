@@ -50,7 +50,9 @@ def test_final_packages_are_compared_whatever_their_steps_are_called(report, cha
 
 
 def test_warns_when_the_reports_are_not_comparable(report, change):
-    comparison = diff.compare(report, change(threads=4, environment={"cpu": "EPYC"}))
+    comparison = diff.compare(
+        report, change(threads=4, environment=report.environment | {"cpu": "EPYC"})
+    )
     assert comparison.warnings == ("threads differs: 2 and 4", "cpu differs: Xeon and EPYC")
 
 
