@@ -179,10 +179,13 @@ def measure(
     """
     plan = rounds or Rounds()
     samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    names = list(contenders)
     for done in range(plan.rounds):
-        for name, contender in contenders.items():
+        # Nobody always follows the same neighbour, whose caches and threads it inherits.
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
             time.sleep(SETTLE_S)
-            samples[name].append(contender.block(plan.runs)[plan.warmup :])
+            samples[name].append(contenders[name].block(plan.runs)[plan.warmup :])
         if on_round is not None:
             on_round(done + 1)
     return Measurement(seconds={name: np.array(rows) for name, rows in samples.items()})

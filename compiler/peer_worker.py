@@ -6,8 +6,10 @@ Reads JSON lines from stdin and answers with JSON lines on stdout: first
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -48,6 +50,8 @@ def _openvino(
     return request.infer, "fp32"
 
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 ENGINES: dict[str, Callable[..., tuple[Callable[[], object], str]]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
@@ -59,8 +63,14 @@ def _say(stream: Any, message: dict[str, Any]) -> None:
     stream.flush()
 
 
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process with its parent: a stopped one would not notice."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(name: str, folder: str, threads: int) -> int:
     """Serve one model until stdin ends; return the exit status."""
+    _die_with_parent()
     # Engines write banners to stdout: the protocol keeps the real one for itself.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

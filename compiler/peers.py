@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -100,6 +101,11 @@ class Peer:
             precision=answer["precision"],
         )
 
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
     def _tell(self, message: dict[str, Any]) -> None:
         if self._process.stdin is None:
             raise RuntimeError("the worker was started without a pipe")
@@ -125,12 +131,20 @@ class Peer:
         return answer
 
     def block(self, runs: int) -> list[float]:
-        """Run ``runs`` times in the child and return the seconds of each."""
+        """Run ``runs`` times in the child and return the seconds of each.
+
+        Between its blocks the child is stopped: a peer's threads spin for long after a run, and
+        whoever is measured next would share the cores with them.
+        """
+        self._process.send_signal(signal.SIGCONT)
         self._tell({"runs": runs})
-        return list(self._answer(self.info.name)["seconds"])
+        seconds = list(self._answer(self.info.name)["seconds"])
+        self._process.send_signal(signal.SIGSTOP)
+        return seconds
 
     def close(self) -> None:
         """End the child process."""
+        self._process.send_signal(signal.SIGCONT)
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
