@@ -5,6 +5,7 @@ The public names are resolved on first use, so that ``import hone`` and ``hone -
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from .improve import build
     from .package import Package
     from .targets.target import Target
+
+# TVM reads both once, when its first thread pool starts: by default it takes half the processors,
+# a pool cannot grow afterwards, and it pins the calling thread.
+os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 __version__ = "0.1.0"
 __all__ = ["HoneError", "Package", "Target", "__version__", "build", "compile", "load", "runtime"]
