@@ -17,6 +17,7 @@ from hone.passes.quantize import operators
 from hone.passes.quantize.arithmetic import GUARD_BITS
 from hone.passes.quantize.legalize import rules
 from hone.passes.quantize.qparams import UINT8, choose_qparams, quantize
+from hone.targets.schedule.cpu import Decision, ScheduleModule
 from hone.targets.schedule.machine import Machine
 
 GUARD = np.float32(2**GUARD_BITS)
@@ -24,7 +25,7 @@ Build = Callable[..., relax.Call]
 
 
 def run(build: Build, arrays: list[np.ndarray], machine: Machine | None = None) -> np.ndarray:
-    """Compile one operator, whose inputs are parameters, and run it."""
+    """Compile one operator, whose inputs are parameters, and run it; scheduled for a machine."""
     params = [
         relax.Var(f"p{i}", relax.TensorType(a.shape, str(a.dtype))) for i, a in enumerate(arrays)
     ]
@@ -34,6 +35,11 @@ def run(build: Build, arrays: list[np.ndarray], machine: Machine | None = None) 
             out = bb.emit_output(build(*params))
         bb.emit_func_output(out)
     module = apply(bb.get(), relax.transform.LegalizeOps(rules(machine) if machine else None))
+    if machine:
+        decisions: list[Decision] = []
+        module = ScheduleModule(machine, on_decision=decisions.append)(module)
+        assert {d.rule for d in decisions} <= {"conv2d", "window", "dense", "generic"}
+        assert not any(d.reason for d in decisions)
     vm = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
     return vm["main"](*[tvm.runtime.tensor(a) for a in arrays]).numpy()
 
@@ -178,7 +184,7 @@ def build_conv(case: Conv, weight: np.ndarray) -> Build:
 NARROW = Machine(lanes=4, accumulators=12, l1_bytes=32 << 10, l2_bytes=1 << 20, threads=2)
 
 
-@pytest.mark.parametrize("machine", [None, NARROW], ids=["default", "machine"])
+@pytest.mark.parametrize("machine", [None, NARROW], ids=["naive", "scheduled"])
 @pytest.mark.parametrize("case", CONVS, ids=lambda case: case.name)
 def test_conv2d_int8_equals_the_oracle_when_compiled(case: Conv, machine: Machine | None) -> None:
     arguments = conv_arguments(case)
@@ -209,7 +215,7 @@ DENSES = [
 ]
 
 
-@pytest.mark.parametrize("machine", [None, NARROW], ids=["default", "machine"])
+@pytest.mark.parametrize("machine", [None, NARROW], ids=["naive", "scheduled"])
 @pytest.mark.parametrize("case", DENSES, ids=lambda case: case.name)
 def test_dense_int8_equals_the_oracle_when_compiled(case: Dense, machine: Machine | None) -> None:
     rng = np.random.default_rng(1)

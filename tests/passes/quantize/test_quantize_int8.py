@@ -614,3 +614,23 @@ def test_error_names_the_tensor_when_a_range_is_not_finite() -> None:
     with pytest.raises(ModelError) as error:
         quantize_int8(module, seen)
     assert str(error.value) == ("relu2: a quantization range must be finite, but it is [0, inf]")
+
+
+def test_relu_works_on_levels_when_nothing_absorbs_it() -> None:
+    def body(x: relax.Var, emit: Emit) -> relax.Expr:
+        a = emit(conv(x, weights(2, 1, 1, 3)), "conv1")
+        a = emit(relax.op.nn.max_pool2d(a, (2, 2), layout="NHWC"), "pool1")
+        return conv(emit(relax.op.nn.relu(a), "relu1"), weights(1, 1, 1, 2))
+
+    module = network((1, 3, 4, 3), body)
+    x = np.random.default_rng(4).normal(size=(1, 3, 4, 3)).astype(np.float32)
+    seen = ranges(module, x)
+    result = quantize_int8(module, seen)
+    assert ops(result.module)[1:4] == ["hone.conv2d_int8", "relax.nn.max_pool2d", "relax.maximum"]
+    zero = Dataflow(result.module["main"]).bindings[3].value.args[1]
+    conv1 = seen["conv1"]
+    levels = choose_qparams(conv1.minimum, conv1.maximum, type=UINT8, symmetric=False)
+    assert zero.value.numpy() == levels.zero_point
+    assert zero.value.numpy().dtype == np.uint8
+    (want,), (got,) = run(module, x), run(result.module, x)
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
