@@ -7,7 +7,7 @@ the training set-up follows. Numerics: exact, and a round trip gives the same mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,16 @@ def trainable_constants(module: tvm.IRModule) -> tuple[Trainable, ...]:
 
 @tvm.transform.module_pass(opt_level=0)
 class LiftConstants:
-    """Turn what `trainable_constants` finds into parameters behind the inputs, in its order."""
+    """Turn what `trainable_constants` finds into parameters behind the inputs, in its order.
+
+    Parameters
+    ----------
+    names : collection of str, optional
+        Only these.
+    """
+
+    def __init__(self, names: Collection[str] | None = None) -> None:
+        self._names = None if names is None else frozenset(names)
 
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
@@ -80,6 +89,8 @@ class LiftConstants:
         places: dict[tuple[relax.Var, int], relax.Var] = {}
         params = list(graph.function.params)
         for lifted, uses in zip(trainable_constants(module), _uses(graph).values(), strict=True):
+            if self._names is not None and lifted.name not in self._names:
+                continue
             ty = relax.TensorType(lifted.value.shape, "float32")
             params.append(relax.Var(lifted.name, ty))
             places.update(dict.fromkeys(uses, params[-1]))

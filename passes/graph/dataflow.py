@@ -162,9 +162,16 @@ class Rebuilder:
             return binding.var
         return self.bind(binding.var, value)
 
-    def finish(self) -> relax.Function:
-        """Return the function, without the bindings that nothing uses."""
-        body = self.use(self._function.body.body)
+    def finish(self, body: relax.Expr | None = None) -> relax.Function:
+        """Return the function, without the bindings that nothing uses.
+
+        Parameters
+        ----------
+        body : relax.Expr, optional
+            What it returns, where that is not what stands for the original's result.
+        """
+        if body is None:
+            body = self.use(self._function.body.body)
         live = set(variables(body))
         kept = []
         for binding in reversed(self._bindings):
