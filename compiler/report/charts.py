@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ SCATTER_MARGIN = (24.0, 24.0, 56.0, 84.0)
 """Top, right, bottom, left."""
 BUBBLE_RADII = (11.0, 30.0)
 """A number of two digits fits into the smallest."""
+MARK_ROOM = 20.0
+"""Least distance of two marks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +88,14 @@ class Waterfall:
 
 @dataclass(frozen=True, kw_only=True)
 class Bubble:
-    """One row in the scatter: where, how large, and its text for screen readers."""
+    """One row in the scatter: where, how large, its mark and its text for screen readers."""
 
     x: float
     y: float
     radius: float
     kind: str
     mark: str
+    mark_at: tuple[float, float]
     title: str
 
 
@@ -111,6 +115,17 @@ def marks(report: Report) -> list[str]:
     """Return what stands for each line of the table: numbers for steps, letters for peers."""
     steps = [str(number) for number in range(1, len(report.steps) + 1)]
     return steps + [chr(ord("A") + index) for index in range(len(report.baselines.peers()))]
+
+
+KINDS = {
+    "baseline": "baseline",
+    "kept": "kept, with what it saved",
+    "reverted": "reverted",
+    "not-measured": "not measured",
+    "comparison": "for comparison",
+    "peer": "another runtime",
+}
+"""CSS classes of rows, in the order of the legend, and what they mean."""
 
 
 def kind(report: Report, row: StepRow) -> str:
@@ -190,21 +205,27 @@ def scatter(report: Report) -> Scatter | None:
     y_scale = (SCATTER_HEIGHT - top - bottom) / (y_ticks[-1] - y_ticks[0])
     base = SCATTER_HEIGHT - bottom
     largest = max(row[5] for row in rows)
-    bubbles = [
-        Bubble(
-            x=left + latency * x_scale,
-            y=base - (100 * accuracy - y_ticks[0]) * y_scale,
-            radius=max(BUBBLE_RADII[0], BUBBLE_RADII[1] * math.sqrt(weights / largest)),
-            kind=what,
-            mark=mark,
-            title=f"{name}: {numbers.milliseconds(latency)} ms, "
-            f"{numbers.percentage(accuracy)}, weights {numbers.size(weights)}",
+    # The large ones first: the small ones are drawn over them, not under.
+    rows.sort(key=lambda row: -row[5])
+    bubbles: list[Bubble] = []
+    for mark, name, what, latency, accuracy, weights in rows:
+        x = left + latency * x_scale
+        y = base - (100 * accuracy - y_ticks[0]) * y_scale
+        radius = max(BUBBLE_RADII[0], BUBBLE_RADII[1] * math.sqrt(weights / largest))
+        bubbles.append(
+            Bubble(
+                x=x,
+                y=y,
+                radius=radius,
+                kind=what,
+                mark=mark,
+                mark_at=_free_place(x, y, [bubble.mark_at for bubble in bubbles]),
+                title=f"{name}: {numbers.milliseconds(latency)} ms, "
+                f"{numbers.percentage(accuracy)}, weights {numbers.size(weights)}",
+            )
         )
-        for mark, name, what, latency, accuracy, weights in rows
-    ]
     return Scatter(
-        # The small ones last: drawn over the large ones, not under them.
-        bubbles=tuple(sorted(bubbles, key=lambda bubble: -bubble.radius)),
+        bubbles=tuple(bubbles),
         x_ticks=tuple(Tick(at=left + v * x_scale, text=f"{v:g}") for v in x_ticks),
         y_ticks=tuple(Tick(at=base - (v - y_ticks[0]) * y_scale, text=f"{v:g}%") for v in y_ticks),
     )
@@ -221,6 +242,20 @@ def _measured(
     for name, peer in report.baselines.peers().items():
         weights = report.baselines.onnx.weights_bytes
         yield next(mark), f"{name} {peer.version}", "peer", peer.latency_ms, peer.accuracy, weights
+
+
+def _free_place(x: float, y: float, taken: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return where a mark can be read: in its bubble, else on the nearest free ring around it."""
+    rings = (
+        (x + ring * MARK_ROOM * math.sin(turn), y - ring * MARK_ROOM * math.cos(turn))
+        for ring in itertools.count(2)
+        for turn in (0.0, 0.8, -0.8, 1.6, -1.6, 2.4, -2.4, 3.2)
+    )
+    return next(
+        place
+        for place in itertools.chain([(x, y)], rings)
+        if all(math.dist(place, other) >= MARK_ROOM for other in taken)
+    )
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def render(report: Report) -> str:
         headlines=headlines(report),
         waterfall=charts.waterfall(report),
         scatter=charts.scatter(report),
+        kinds=charts.KINDS,
+        has={
+            column: any(getattr(layer, column) is not None for layer in report.final.layers)
+            for column in ("dtype", "weights_bytes", "latency_ms", "share")
+        },
+        created=readable(report.created),
         environment=flatten(report.environment),
         recipe=json.dumps(report.recipe, indent=2, ensure_ascii=False),
     )
@@ -108,6 +115,14 @@ def headlines(report: Report) -> list[Headline]:
             )
         )
     return found
+
+
+def readable(created: str) -> str:
+    """Return a time such as ``2026-05-04 10:22 UTC``; another text as it is."""
+    try:
+        return f"{datetime.fromisoformat(created).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return created
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

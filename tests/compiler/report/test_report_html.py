@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -149,6 +151,31 @@ def test_scatter_places_rows_by_latency_and_accuracy_and_sizes_them_by_weights(r
     for bubble in bubbles.values():
         assert charts.SCATTER_MARGIN[3] < bubble.x < charts.SCATTER_WIDTH
         assert 0 < bubble.y < charts.SCATTER_HEIGHT
+
+
+def test_marks_of_rows_at_the_same_place_can_be_read(change, timed):
+    report = change({n: {**timed(1.0), "accuracy": 0.98} for n in range(5)})
+    marks = [bubble.mark_at for bubble in charts.scatter(report).bubbles]
+    assert len(marks) == 7
+    apart = [math.dist(a, b) for a, b in itertools.combinations(marks, 2)]
+    assert min(apart) >= charts.MARK_ROOM
+    for x, y in marks:
+        assert charts.SCATTER_MARGIN[3] < x < charts.SCATTER_WIDTH
+        assert 0 < y < charts.SCATTER_HEIGHT
+
+
+def test_legend_and_kernel_table_show_only_what_there_is(change, sample):
+    layers = [{"kernel": "k", "layers": ["a"]}]
+    text = html.render(change(steps=[sample["steps"][0] | {"layers": layers}]))
+    assert "another runtime" in text
+    assert "kept, with what it saved" not in text
+    assert ">share<" not in text
+    assert ">calls<" in text
+
+
+def test_time_is_readable():
+    assert html.readable("2026-05-04T10:22:31+02:00") == "2026-05-04 08:22 UTC"
+    assert html.readable("yesterday") == "yesterday"
 
 
 def test_charts_are_left_out_when_nothing_was_measured(change, sample):
