@@ -15,7 +15,7 @@ from hone.passes.graph.dataflow import shape_of
 
 from .arithmetic import FIXED_LIMIT, GUARD_BITS
 from .qparams import INT8, SMALLEST_SCALE, PerAxis, QParams, choose_qparams, quantize
-from .survey import Kind, Site
+from .site import Kind, Site
 
 INT32_MAX = (1 << 31) - 1
 

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 import tvm
 from tvm import relax
-from tvm.ir import Op
 
 from hone.errors import ModelError, UsageError
-from hone.passes.graph.dataflow import PART, Dataflow, Rebuilder, layer_of
+from hone.passes.graph.dataflow import Dataflow, layer_of
 
-from . import operators
 from .integer_layer import IntegerLayer, quantize_layer
+from .integer_writer import IntegerWriter
 from .observer import Range
 from .qparams import UINT8, QParams, choose_qparams
-from .survey import Kind, Site, Skipped, Survey, survey
+from .site import Kind, Skipped, Survey
+from .survey import survey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def quantize_int8(
             break
         # What a refused layer leaves behind may fit differently: look again without it.
         refused |= reasons
-    writer = _Writer(function, found, layers, qparams)
+    writer = IntegerWriter(function, found, layers, qparams)
     rewritten = module.clone()
     rewritten.update_func(module.get_global_var("main"), writer.write())
     return Quantization(
@@ -219,123 +219,3 @@ def _choose_levels(
             seen.minimum, seen.maximum, type=UINT8, symmetric=False, layer=str(var.name)
         )
     return levels
-
-
-class _Writer:
-    """Writes the integer function, with one conversion for each tensor that needs one."""
-
-    def __init__(
-        self,
-        function: relax.Function,
-        found: Survey,
-        layers: Mapping[relax.Var, IntegerLayer],
-        qparams: Mapping[relax.Var, QParams],
-    ) -> None:
-        self._function = function
-        self._graph = Dataflow(function)
-        self._found = found
-        self._sites = {site.output: site for site in found.sites}
-        self._layers = layers
-        self._qparams = qparams
-        self._rebuilder = Rebuilder(function)
-        self._levels: dict[relax.Var, relax.Var] = {}
-        self._float = self._read_as_float()
-        self.conversions: list[str] = []
-
-    def _read_as_float(self) -> set[relax.Var]:
-        """Return the variables that something reads as real numbers."""
-        inside = {var for site in self._found.sites for var in site.chain} | self._found.passing
-        return {
-            var
-            for var, users in self._graph.users.items()
-            if any(user is None or user not in inside for user in users)
-        }
-
-    def write(self) -> relax.Function:
-        absorbed = {var for site in self._found.sites for var in site.chain[:-1]}
-        for binding in self._graph.bindings:
-            var = binding.var
-            if var in self._sites:
-                self._write_site(self._sites[var])
-            elif var in self._found.passing:
-                self._set_levels(var, self._pass_on(var, binding.value), str(var.name))
-            elif var not in absorbed:
-                self._rebuilder.copy(binding)
-        return self._rebuilder.finish()
-
-    def _write_site(self, site: Site) -> None:
-        inputs = [self._read_levels(x) for x in site.inputs]
-        call = _operator(site, self._layers[site.output], inputs)
-        if site.levels:
-            self._set_levels(site.output, call, site.layer)
-        else:
-            self._rebuilder.bind(site.output, call)
-
-    def _set_levels(self, var: relax.Var, value: relax.Expr, name: str) -> None:
-        """Bind levels, and their real values where something reads those."""
-        clashes = var in self._float and name == str(var.name)
-        levels = self._rebuilder.emit(value, f"{name}{PART}levels" if clashes else name)
-        self._levels[var] = levels
-        if var in self._float:
-            real = operators.dequantize(levels, *_scalars(self._qparams[var]))
-            self._rebuilder.bind(var, real)
-            self.conversions.append(str(var.name))
-
-    def _read_levels(self, var: relax.Var) -> relax.Var:
-        if var not in self._levels:
-            real = self._rebuilder.use(var)
-            name = f"{var.name}{PART}quantize"
-            call = operators.quantize(real, *_scalars(self._qparams[var]), out_dtype=UINT8.dtype)
-            self._levels[var] = self._rebuilder.emit(call, name)
-            self.conversions.append(name)
-        return self._levels[var]
-
-    def _pass_on(self, var: relax.Var, call: relax.Call) -> relax.Expr:
-        source = call.args[0]
-        levels = self._levels[source]
-        if call.op == _RELU:
-            zero = relax.const(int(self._qparams[source].zero_point), UINT8.dtype)
-            return relax.op.maximum(levels, zero)
-        return relax.Call(call.op, [levels, *call.args[1:]], call.attrs, call.ty_args)
-
-
-def _scalars(qparams: QParams) -> tuple[relax.Expr, relax.Expr]:
-    return relax.const(qparams.scale), relax.const(qparams.zero_point)
-
-
-def _operator(site: Site, layer: IntegerLayer, inputs: list[relax.Var]) -> relax.Call:
-    attrs = site.call.attrs
-    dtype = UINT8.dtype if site.levels else "float32"
-    constants = [relax.const(layer.multiplier), relax.const(layer.levels)]
-    if site.kind is Kind.ADD:
-        return operators.add_int8(*inputs, *constants, out_dtype=dtype)
-    if site.kind is Kind.MEAN:
-        return operators.mean_int8(
-            *inputs, *constants, axis=attrs.axis, keepdims=attrs.keepdims, out_dtype=dtype
-        )
-    if site.kind is Kind.AVG_POOL2D:
-        return operators.avg_pool2d_int8(
-            *inputs,
-            *constants,
-            pool_size=attrs.pool_size,
-            strides=attrs.strides,
-            padding=attrs.padding,
-            dilation=attrs.dilation,
-            out_dtype=dtype,
-        )
-    arguments = [inputs[0], relax.const(layer.weight), relax.const(layer.bias), *constants]
-    if site.residual:
-        arguments += [inputs[1], relax.const(layer.residual_multiplier)]
-    if site.kind is Kind.DENSE:
-        return operators.dense_int8(*arguments, out_dtype=dtype)
-    return operators.conv2d_int8(
-        *arguments,
-        strides=attrs.strides,
-        padding=attrs.padding,
-        dilation=attrs.dilation,
-        groups=attrs.groups,
-        out_dtype=dtype,
-    )
-
-
-_RELU = Op.get("relax.nn.relu")

@@ -26,7 +26,7 @@ from hone.passes.quantize.quantize_int8 import (
     observed_tensors,
     quantize_int8,
 )
-from hone.passes.quantize.survey import Kind
+from hone.passes.quantize.site import Kind
 
 Emit = Callable[[relax.Expr, str], relax.Var]
 UNIT = Range(minimum=-1.0, maximum=1.0)

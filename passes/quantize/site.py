@@ -1,0 +1,112 @@
+"""What a survey of a network finds: the chains of bindings that become integer operators."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+from tvm import relax
+
+from hone.passes.graph.dataflow import layer_of
+
+
+class Kind(StrEnum):
+    """What a site computes."""
+
+    CONV2D = "conv2d"
+    DENSE = "dense"
+    ADD = "add"
+    MEAN = "mean"
+    AVG_POOL2D = "avg_pool2d"
+
+
+WEIGHTED = (Kind.CONV2D, Kind.DENSE)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """A chain of bindings that becomes one integer operator.
+
+    Parameters
+    ----------
+    kind : Kind
+        Of the first binding.
+    layer : str
+        Binding name of the first binding's layer.
+    call : relax.Call
+        The first binding's value.
+    chain : tuple of relax.Var
+        The bindings of the chain in order; the last one carries the result.
+    inputs : tuple of relax.Var
+        The activations that enter, the residual last.
+    bias : numpy.ndarray or None
+        float64 ``[K]``, the sum of the absorbed bias additions.
+    residual : bool
+        Whether the last of two inputs is added to the first one's result.
+    low, high : float
+        Bounds of the absorbed activation, infinite where there is none.
+    linear : int
+        How many bindings of the chain stand before the activation.
+    levels : bool
+        Whether the result is levels; else it is the real value of the int32 sum.
+    """
+
+    kind: Kind
+    layer: str
+    call: relax.Call
+    chain: tuple[relax.Var, ...]
+    inputs: tuple[relax.Var, ...]
+    bias: np.ndarray | None = None
+    residual: bool = False
+    low: float = -math.inf
+    high: float = math.inf
+    linear: int = 1
+    levels: bool = True
+
+    @property
+    def output(self) -> relax.Var:
+        """The variable that carries the result."""
+        return self.chain[-1]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Binding names of all layers that the chain computes, in order."""
+        return tuple(dict.fromkeys(layer_of(var) for var in self.chain))
+
+    @property
+    def weight(self) -> np.ndarray:
+        """Constant weight, output channels first: ``[K, R, S, C // groups]`` or ``[K, C]``."""
+        values = np.asarray(self.call.args[1].value.numpy())
+        return values if self.kind is Kind.CONV2D else values.T
+
+
+class Skipped(NamedTuple):
+    """A convolution or matrix product that stays in float, and why."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Survey:
+    """What `survey` found.
+
+    Parameters
+    ----------
+    sites : tuple of Site
+        In the order of their results.
+    skipped : tuple of Skipped
+        Convolutions and matrix products that are no site, with the reason.
+    passing : frozenset of relax.Var
+        Results of operators that work on levels as they are.
+    wanted : tuple of relax.Var
+        Activations that something reads as integers, in graph order: each needs a range.
+    """
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    passing: frozenset[relax.Var]
+    wanted: tuple[relax.Var, ...]
