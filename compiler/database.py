@@ -60,6 +60,35 @@ class Entry:
     untuned_ms: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """The best record of a kernel.
+
+    Parameters
+    ----------
+    workload : list
+        JSON of the ``Workload`` that it was found for.
+    record : list
+        JSON of the ``TuningRecord``.
+    untuned_s : float or None
+        Seconds of the kernel without a record, if that was measured.
+    """
+
+    workload: list[Any]
+    record: list[Any]
+    untuned_s: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds of the record."""
+        return float(math.fsum(self.record[1]) / len(self.record[1]))
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether the record beats the untuned kernel by more than noise."""
+        return self.untuned_s is None or self.seconds <= WORTHWHILE * self.untuned_s
+
+
 class HitRate(NamedTuple):
     """How much of a module the database covers.
 
@@ -423,18 +452,24 @@ class Database:
         """
         from tvm.s_tir import meta_schedule as ms
 
+        from .replay import ReplayError, parse
+
         database = ms.database.MemoryDatabase()
+        broken = 0
         workloads: dict[int, Any] = {}
         for owner, record in self._records:
             if owner not in workloads:
                 stored = ms.database.Workload.from_json(self._workloads[owner])
                 workloads[owner] = database.commit_workload(stored.mod)
-            database.commit_tuning_record(
-                ms.database.TuningRecord.from_json(record, workloads[owner])
-            )
+            try:
+                database.commit_tuning_record(parse(record, workloads[owner]))
+            except ReplayError:
+                broken += 1
+        if broken:
+            self.warnings += (f"{self.folder}: {broken} records do not apply any more: left out.",)
         return database
 
-    def lookup(self, func: tirx.PrimFunc) -> meta_schedule.database.TuningRecord | None:
+    def lookup(self, func: tirx.PrimFunc) -> Match | None:
         """Return the best valid record of a kernel.
 
         Parameters
@@ -444,21 +479,21 @@ class Database:
 
         Returns
         -------
-        TuningRecord or None
+        Match or None
             None when there is no record.
         """
         from tvm.s_tir import meta_schedule as ms
         from tvm_ffi import structural_equal
 
         module = workload_module(func)
-        key = ms.database.Workload(module).as_json()[0]
+        key = str(ms.database.Workload(module).as_json()[0])
         records = self.records(key)
         if not records:
             return None
-        stored = ms.database.Workload.from_json(self._workloads[self._positions[key]])
-        if not structural_equal(stored.mod, module):  # two kernels with one hash
-            return None
-        return ms.database.TuningRecord.from_json(records[0], stored)
+        workload = self._workloads[self._positions[key]]
+        if not structural_equal(ms.database.Workload.from_json(workload).mod, module):
+            return None  # two kernels with one hash
+        return Match(workload=workload, record=records[0], untuned_s=self._untuned.get(key))
 
     def hit_rate(self, module: tvm.IRModule) -> HitRate:
         """Count the kernels of a module that have a record.
@@ -486,7 +521,6 @@ class Database:
             The new module, and what became of each kernel.
         """
         from tvm import IRModule
-        from tvm.s_tir import meta_schedule as ms
 
         from .replay import ReplayError, replay
 
@@ -495,22 +529,18 @@ class Database:
         variables = {variable.name_hint: variable for variable in functions}
         target = self.target.tvm_target(self.threads)
         for name, func in kernels(module).items():
-            record = self.lookup(func)
-            if record is None:
+            match = self.lookup(func)
+            if match is None:
                 misses.append(name)
-                continue
-            key = ms.database.Workload(workload_module(func)).as_json()[0]
-            best = seconds_of(self.records(key)[0])
-            untuned = self.untuned_s(key)
-            if untuned is not None and best is not None and best > WORTHWHILE * untuned:
+            elif not match.worthwhile:
                 kept.append(name)
-                continue
-            try:
-                functions[variables[name]] = replay(func, record, target)
-            except ReplayError as error:
-                failed.append((name, str(error)))
-                continue
-            hits.append(name)
+            else:
+                try:
+                    functions[variables[name]] = replay(func, match, target)
+                except ReplayError as error:
+                    failed.append((name, str(error)))
+                else:
+                    hits.append(name)
         return Applied(
             module=IRModule(functions, attrs=module.attrs),
             hits=tuple(hits),

@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir import meta_schedule as ms
 
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, tir_pipeline
 
-from .database import workload_module
+from .database import Match, workload_module
 from .errors import HoneError
+from .reason import reason_of
 
 
 class ReplayError(HoneError):
     """A tuning record does not fit its kernel any more."""
 
 
-def replay(
-    func: tirx.PrimFunc, record: ms.database.TuningRecord, target: tvm.target.Target
-) -> tirx.PrimFunc:
-    """Return a kernel scheduled as a record says.
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+"""What TVM raises when a trace does not fit; `ScheduleError` is a RuntimeError."""
+
+
+def parse(record: list[Any], workload: ms.database.Workload) -> ms.database.TuningRecord:
+    """Return a record from its JSON; TVM replays its trace to read it.
+
+    Parameters
+    ----------
+    record : list
+        JSON of the ``TuningRecord``.
+    workload : Workload
+        The kernel that it was found for.
+
+    Raises
+    ------
+    ReplayError
+        If the trace does not apply.
+    """
+    try:
+        return ms.database.TuningRecord.from_json(record, workload)
+    except REFUSALS as error:
+        raise ReplayError(f"the record does not apply: {reason_of(error)}") from error
+
+
+def replay(func: tirx.PrimFunc, match: Match, target: tvm.target.Target) -> tirx.PrimFunc:
+    """Return a kernel scheduled as its record says.
 
     Parameters
     ----------
     func : PrimFunc
         Unscheduled.
-    record : TuningRecord
+    match : Match
         Of the same kernel.
     target : Target
         What it will be compiled for.
@@ -40,14 +66,17 @@ def replay(
     ReplayError
         If the record's trace does not apply, or its result does not lower.
     """
-    schedule = s_tir.Schedule(workload_module(func))
+    record = parse(match.record, ms.database.Workload.from_json(match.workload))
+    # The name keeps a reference: TVM changes a module in place that only its schedule refers to,
+    # and with it `func`, whose body it shares.
+    workload = workload_module(func)
+    schedule = s_tir.Schedule(workload)
     try:
         record.trace.apply_to_schedule(schedule, remove_postproc=False)
         scheduled = plain(schedule.mod)
         _lower(scheduled, target)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ReplayError(f"the record does not apply: {lines[-1].strip()}") from error
+    except REFUSALS as error:
+        raise ReplayError(f"the record does not lower: {reason_of(error)}") from error
     result = scheduled["main"]
     attributes = dict(func.attrs.items()) if func.attrs else {}
     if "global_symbol" not in attributes:

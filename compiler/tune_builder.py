@@ -27,6 +27,7 @@ import tvm
 
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 
+from .reason import reason_of
 from .replay import plain
 
 WARM_UP_S = 0.005
@@ -247,8 +248,7 @@ def run_candidate(connection: Connection, job: Job) -> None:
     except EOFError:  # the search is gone
         os._exit(1)
     except Exception as error:  # noqa: BLE001 - a process boundary: the search reports it
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        connection.send(("failed", lines[-1].strip()))
+        connection.send(("failed", reason_of(error)))
         return
     connection.send(("timed", seconds))
 

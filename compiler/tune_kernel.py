@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from tvm.s_tir.meta_schedule import _ffi_api
 from hone.targets.schedule.machine import Machine
 
 from . import journal
+from .replay import ReplayError, parse
 from .tune_variants import template_candidates
 
 POPULATION = 40
@@ -159,9 +161,10 @@ class KernelSearch:
         self._model = model
         self._workload = database.commit_workload(module)
         self._known = {trace_key(record): tuple(record[1]) for record in records}
-        seeds = [
-            ms.database.TuningRecord.from_json(record, self._workload) for record in records[:SEEDS]
-        ]
+        seeds = []
+        for value in records[:SEEDS]:
+            with suppress(ReplayError):  # a record that does not apply any more is no parent
+                seeds.append(parse(value, self._workload))
         for record in seeds:
             database.commit_tuning_record(record)
         evolution = ms.search_strategy.EvolutionarySearch(

@@ -21,6 +21,7 @@ from tvm.s_tir import meta_schedule as ms
 from hone.targets.schedule.machine import Machine
 
 from . import journal
+from .reason import reason_of
 from .tune_bench import Bench
 from .tune_builder import Job, die_with_parent
 from .tune_kernel import KernelSearch, cores
@@ -110,8 +111,7 @@ class Search:
                 finished = not self._turn(position)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 # What TVM's search refuses about one kernel does not concern the others.
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                self._say("quarantine", task=position, reason=lines[-1].strip())
+                self._say("quarantine", task=position, reason=reason_of(error))
                 self._order.finish(position)
                 continue
             if finished:
