@@ -126,8 +126,8 @@ class MeasureSection(Section):
 class Recover(Section):
     """``recover`` of a prune step: distillation from the unchanged model."""
 
-    epochs: Count = Field(default=20, description="passes over the calibration data, at most")
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    epochs: Count = Field(default=100, description="passes over the calibration data, at most")
+    learning_rate: Annotated[float, Field(gt=0)] = 0.003
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=2.0, description="softens both outputs in the KL loss"
     )
