@@ -190,7 +190,7 @@ def _test_data_set(folder: Path, signature: Signature) -> Chunk:
 
 def _tensors(folder: Path, kind: str, specs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
     from onnx import numpy_helper
 
     names = [s.name for s in specs]

@@ -15,6 +15,7 @@ from tvm import relax
 from tvm.relax import op
 
 from .onnx_call import Call, Converter, const
+from .onnx_resize import resize
 from .onnx_windows import WINDOWS
 
 
@@ -167,6 +168,24 @@ def _hard(x: Any, alpha: float, beta: float, dtype: str) -> Any:
     return op.minimum(op.nn.relu(line), const(1, dtype))
 
 
+def _pow(call: Call) -> Any:
+    """Square by one product, square root; the exponent in the type of the base."""
+    base, exponent = call.inputs[0], call.value(1)
+    scalar = (
+        exponent is not None and exponent.size == 1 and len(exponent.shape) <= len(call.shape())
+    )
+    power = float(exponent.reshape(-1)[0]) if exponent is not None and scalar else None
+    if power == 1:
+        return base
+    if power == 2:
+        return op.multiply(base, base)
+    if power == 0.5 and _is_float(call.dtype()):
+        return op.sqrt(base)
+    if call.dtype(1) == call.dtype():
+        return op.power(base, call.inputs[1])
+    return op.power(base, op.astype(call.inputs[1], call.dtype()))
+
+
 def _is_inf(call: Call) -> Any:
     x, dtype = call.inputs[0], call.dtype()
     negative = call.attributes.get("detect_negative", 1)
@@ -268,12 +287,15 @@ CONVERTERS: Final[Mapping[str, Converter]] = {
     "Identity": _identity,
     "IsInf": _is_inf,
     "LayerNormalization": _layer_normalization,
+    "Pow": _pow,
     "Reshape": _reshape,
+    "Resize": resize,
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _reshape,
     "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _reshape,
+    "Upsample": resize,
 }
 """By operator of the default domain."""

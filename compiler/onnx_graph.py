@@ -31,6 +31,9 @@ a 50000 by 1024 embedding in fp32, has 195 MiB."""
 _INFERENCE_DATA_ELEMENTS: Final = 4096
 """Shape inference needs the values of shapes, axes, pads and scales, never those of weights."""
 
+_LIKE_FIRST_INPUT: Final = frozenset(("GroupNormalization",))
+"""Functions of other operators, for which onnx infers nothing."""
+
 _RANDOM: Final = frozenset(
     (
         *("Bernoulli", "Multinomial"),
@@ -405,7 +408,7 @@ class _Reader:
             self.unknown.update(o for o in proto.output if o)
             self.nodes.append(Node(id=layer, proto=proto, outputs=(), macs=0, supported=False))
             return
-        reason = refusal(self._view(proto))
+        reason = refusal(self._view(proto, specs[0]))
         if reason:
             self._problem(layer, proto.op_type, reason)
         for spec in specs:
@@ -420,14 +423,15 @@ class _Reader:
             )
         )
 
-    def _view(self, proto: onnx.NodeProto) -> NodeView:
+    def _view(self, proto: onnx.NodeProto, first: TensorSpec) -> NodeView:
         specs = [self._spec(i) if i else None for i in proto.input]
         return NodeView(
             op_type=proto.op_type,
             attributes=attributes(proto),
             inputs=[(s.dtype, s.shape) if s else None for s in specs],
-            constant=[i in self.constants for i in proto.input],
+            values=[self.constants.get(i) if i else None for i in proto.input],
             outputs=list(proto.output),
+            output_shape=first.shape,
             opset=self.file.opset,
         )
 
@@ -546,6 +550,8 @@ class _Reader:
         for name in proto.output:
             if not name:
                 continue
+            if proto.op_type in _LIKE_FIRST_INPUT:
+                types[name] = type_proto(self._spec(proto.input[0]))
             tensor = types[name].tensor_type if name in types else onnx.TypeProto().tensor_type
             dims = [d.dim_value for d in tensor.shape.dim]
             if not tensor.HasField("shape") or any(d < 1 for d in dims):

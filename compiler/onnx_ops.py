@@ -7,9 +7,11 @@ tests through the importer: what gave wrong values there is either converted by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+import numpy as np
 
 # fmt: off
 SUPPORTED: Final = frozenset(
@@ -61,10 +63,12 @@ class NodeView:
         By name; strings are decoded.
     inputs : sequence
         ``(dtype, shape)``, or None for an input that is left out.
-    constant : sequence of bool
-        Whether an input's value is known at compile time.
+    values : sequence of ndarray or None
+        The inputs' values where they are known at compile time.
     outputs : sequence of str
         Names; empty for an output that is left out.
+    output_shape : tuple of int
+        Of the first output.
     opset : int
         Of the default domain.
     """
@@ -72,11 +76,177 @@ class NodeView:
     op_type: str
     attributes: Mapping[str, Any]
     inputs: Sequence[tuple[str, tuple[int, ...]] | None]
-    constant: Sequence[bool]
+    values: Sequence[np.ndarray | None]
     outputs: Sequence[str]
+    output_shape: tuple[int, ...]
     opset: int
+
+
+_REDUCTIONS: Final = tuple(
+    f"Reduce{kind}"
+    for kind in (
+        *("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"),
+    )
+)
+
+CONSTANT_INPUTS: Final[Mapping[str, tuple[int, ...]]] = {
+    "ConstantOfShape": (0,),
+    "CumSum": (1,),
+    "Expand": (1,),
+    "OneHot": (1,),
+    "Pad": (1, 2, 3),
+    "Range": (0, 1, 2),
+    "Reshape": (1,),
+    "Resize": (1, 2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Squeeze": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+    "Trilu": (1,),
+    "Unsqueeze": (1,),
+    "Upsample": (1,),
+    **dict.fromkeys(_REDUCTIONS, (1,)),
+}
+"""Inputs that decide shapes or the kernel's form: they must be known at compile time."""
 
 
 def refusal(node: NodeView) -> str | None:
     """Return why a node of a supported operator is not imported, or None."""
+    for index in CONSTANT_INPUTS.get(node.op_type, ()):
+        if index < len(node.inputs) and node.inputs[index] and node.values[index] is None:
+            return f"input {index} is known at run time only; it must be a constant"
+    rule = _RULES.get(node.op_type)
+    return rule(node) if rule else None
+
+
+def _dtype(node: NodeView, index: int = 0) -> str:
+    given = node.inputs[index]
+    return given[0] if given else ""
+
+
+def _shape(node: NodeView, index: int = 0) -> tuple[int, ...]:
+    given = node.inputs[index] if index < len(node.inputs) else None
+    return given[1] if given else ()
+
+
+def _more_outputs(node: NodeView) -> str | None:
+    extra = [o for o in node.outputs[1:] if o]
+    return f"only its first output is supported, {extra[0]!r} is another" if extra else None
+
+
+def _batch_normalization(node: NodeView) -> str | None:
+    if node.attributes.get("training_mode", 0):
+        return "training_mode is 1, only inference is supported"
+    return _more_outputs(node)
+
+
+def _dropout(node: NodeView) -> str | None:
+    if len(node.inputs) > 2 and node.inputs[2]:
+        value = node.values[2]
+        if value is None:
+            return "training_mode is known at run time only; it must be a constant"
+        if value.any():
+            return "training_mode is true, only inference is supported"
     return None
+
+
+def _signed(node: NodeView) -> str | None:
+    if _dtype(node).startswith("int"):
+        return "shifts of signed integers give other values in TVM where they exceed the width"
+    return None
+
+
+def _mod(node: NodeView) -> str | None:
+    if "float" in _dtype(node) and not node.attributes.get("fmod", 0):
+        return "floats with fmod = 0 give NaN in TVM where ONNX gives a remainder"
+    return None
+
+
+def _pow(node: NodeView) -> str | None:
+    if "float" in _dtype(node):
+        return None
+    exponent = node.values[1]
+    if exponent is not None and exponent.size == 1 and exponent.reshape(-1)[0] in (1, 2):
+        return None
+    return f"powers of {_dtype(node)} are supported for the exponents 1 and 2 only"
+
+
+def _not_bool(node: NodeView) -> str | None:
+    return "booleans are unsupported" if _dtype(node) == "bool" else None
+
+
+def _rms_normalization(node: NodeView) -> str | None:
+    rank = len(_shape(node))
+    if rank and node.attributes.get("axis", -1) % rank == 0:
+        return "a normalization over all axes is unsupported"
+    return None
+
+
+def _space_to_depth(node: NodeView) -> str | None:
+    mode = node.attributes.get("mode", "DCR")
+    return None if mode == "DCR" else f"mode {mode} is unsupported"
+
+
+def _top_k(node: NodeView) -> str | None:
+    kind = _dtype(node)
+    return f"{kind} is unsupported" if kind.startswith("uint") or kind == "bool" else None
+
+
+def _resize(node: NodeView) -> str | None:
+    mode = node.attributes.get("coordinate_transformation_mode", "half_pixel")
+    given, result = _shape(node), node.output_shape
+    if len(given) not in (3, 4, 5) or given[:2] != result[:2]:
+        return "only the spatial axes of NCW, NCHW and NCDHW can be resized"
+    if node.attributes.get("antialias", 0):
+        return "antialias = 1 is unsupported"
+    if mode == "half_pixel_symmetric":
+        return "coordinate_transformation_mode half_pixel_symmetric is unsupported"
+    if node.attributes.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        return "keep_aspect_ratio_policy is unsupported unless it is stretch"
+    if mode == "align_corners" and 1 in result[2:]:
+        return "align_corners to size 1 is unsupported"
+    scales = node.values[1 if node.op_type == "Upsample" or node.opset < 11 else 2 :][:1]
+    if not scales or scales[0] is None or not scales[0].size:
+        return None
+    axes = node.attributes.get("axes") or range(len(given))
+    for axis, scale in zip(axes, scales[0], strict=True):
+        if abs(given[axis] * float(scale) - result[axis]) > 1e-3 * result[axis]:
+            return (
+                f"scale {float(scale):g} of axis {axis} gives no whole size from {given[axis]}; "
+                "TVM computes with the ratio of the sizes instead"
+            )
+    return None
+
+
+def _eye_like(node: NodeView) -> str | None:
+    wanted = node.attributes.get("dtype")
+    return "another dtype than the input's is unsupported" if wanted else None
+
+
+def _blocked(node: NodeView) -> str | None:
+    if node.attributes.get("block_size", 0):
+        return "blocked quantization is unsupported"
+    return None
+
+
+_RULES: Final[Mapping[str, Callable[[NodeView], str | None]]] = {
+    "BatchNormalization": _batch_normalization,
+    "BitShift": _signed,
+    "DequantizeLinear": _blocked,
+    "Dropout": _dropout,
+    "EyeLike": _eye_like,
+    "LayerNormalization": _more_outputs,
+    "MaxPool": _more_outputs,
+    "Mod": _mod,
+    "Pow": _pow,
+    "QuantizeLinear": _blocked,
+    "RMSNormalization": _rms_normalization,
+    "ReduceMax": _not_bool,
+    "ReduceMin": _not_bool,
+    "Resize": _resize,
+    "SpaceToDepth": _space_to_depth,
+    "TopK": _top_k,
+    "Upsample": _resize,
+}
+"""By operator: what is refused, since TVM gives wrong values or fails after import."""

@@ -116,7 +116,7 @@ def _conv(call: Call) -> Any:
 
 
 def _conv_transpose(call: Call) -> Any:
-    """Take the padding from the output's size: ``s (i - 1) + output_padding + d (k - 1) + 1 - o``."""
+    """Pad by ``s (i - 1) + output_padding + d (k - 1) + 1 - o``, from the output's size ``o``."""
     rank = len(call.shape())
     if rank not in _CONV_TRANSPOSE:
         return None

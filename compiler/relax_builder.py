@@ -73,7 +73,9 @@ class _Builder:
 
     def _expr(self, name: str) -> Any:
         if name not in self.exprs:
-            self.exprs[name] = relax.const(np.asarray(self.graph.constants[name], order="C"))
+            array = self.graph.constants[name]
+            # Without a dtype TVM makes int64 int32, and float64 float32.
+            self.exprs[name] = relax.const(np.asarray(array, order="C"), str(array.dtype))
         return self.exprs[name]
 
     def _node(self, node: Node, name: str) -> None:
