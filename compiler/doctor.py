@@ -215,12 +215,14 @@ def _space() -> Iterator[Check]:
 
 def _measuring() -> Iterator[Check]:
     """Look for what makes timings untrustworthy."""
+    # `import hone` itself sets TVM_NUM_THREADS to this, so that TVM does not take half of it.
+    own = {"TVM_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     for name in THREAD_VARIABLES:
-        if name in os.environ:
+        value = os.environ.get(name)
+        if value is not None and value != own.get(name):
             yield _warning(
                 name,
-                f"is set to {os.environ[name]!r}, and bounds or changes the threads of whatever "
-                "hone measures",
+                f"is set to {value!r}, and bounds or changes the threads of whatever hone measures",
                 f"unset {name}, and use --threads",
             )
     governed = governor()

@@ -36,6 +36,9 @@ _SHARED = ("-shared", "-fPIC", "-s", "-Wl,--build-id=none", "-Wl,--as-needed")
 # Kernels call expf and its kin; last, because it serves what stands before it.
 _LIBRARIES = ("-lm",)
 _TIMEOUT_S = 600
+_ZIG_CACHE_HINT = (
+    "set ZIG_GLOBAL_CACHE_DIR to a folder that can be written (by default ~/.cache/zig)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +85,13 @@ class Linker:
                 f"the linker could not be run: {error}.", where=shlex.join(line)
             ) from error
         if done.returncode:
+            said = (done.stderr or done.stdout).strip()
             raise ToolchainError(
-                f"the linker failed with status {done.returncode}:\n"
-                f"{(done.stderr or done.stdout).strip()}",
+                f"the linker failed with status {done.returncode}:\n{said}",
                 where=shlex.join(line),
-                hint="`hone doctor` shows which linker hone uses and why.",
+                hint=_ZIG_CACHE_HINT
+                if "cache directory" in said
+                else "`hone doctor` shows which linker hone uses.",
             )
 
     def link(self, objects: Sequence[Path], output: Path) -> None:
@@ -141,6 +146,7 @@ def _zig(target: Target) -> Linker | None:
         return None
     triple = f"{target.triple}.{target.glibc or _LEAST_GLIBC}"
     # As C, not C++: zig would first build its own libc++, for a minute, that nothing here needs.
+    # The first link for a machine still builds stubs of its C library: 13 s, once per user.
     command = (sys.executable, "-m", "ziglang", "cc", "-target", triple)
     return Linker(name="ziglang", version=version, command=command, triple=target.triple)
 

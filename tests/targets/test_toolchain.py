@@ -207,7 +207,18 @@ def test_link_reports_what_the_linker_said_when_it_fails(tmp_path):
     assert text.startswith(f"{linker.command[0]} -shared")
     assert "the linker failed with status 1:\n" in text
     assert "missing.o" in text
-    assert text.endswith("hint: `hone doctor` shows which linker hone uses and why.")
+    assert text.endswith("hint: `hone doctor` shows which linker hone uses.")
+
+
+@needs_zig
+def test_link_says_where_the_cache_may_go_when_there_is_no_home(monkeypatch, tmp_path):
+    for name in ("HOME", "XDG_CACHE_HOME", "ZIG_GLOBAL_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ToolchainError) as error:
+        find_linker(resolve(FOREIGN)).link([tmp_path / "x.o"], tmp_path / "x.so")
+    assert str(error.value).endswith(
+        "hint: set ZIG_GLOBAL_CACHE_DIR to a folder that can be written (by default ~/.cache/zig)."
+    )
 
 
 def test_run_reports_when_the_program_is_gone(tmp_path):
