@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from .errors import UsageError
 from .model import Model, Origin
 from .onnx_file import OnnxFile, read
 from .onnx_graph import Graph, Problem, fix_shapes, raise_problems, read_graph
+from .onnx_inline import inline
 from .signature import TensorSpec
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def check(
     ModelError
         The file itself cannot be read: missing, truncated, not ONNX, opset too old or too new.
     """
-    graph = read_graph(_read(model), shapes or {})
+    _, graph = _read(model, shapes)
     operators: dict[str, int] = {}
     for node in graph.nodes:
         operators[node.proto.op_type] = operators.get(node.proto.op_type, 0) + 1
@@ -169,8 +170,7 @@ def load(
     ModelError
         Lists *all* problems, with the names of the nodes.
     """
-    file = _read(model)
-    graph = read_graph(file, shapes or {})
+    file, graph = _read(model, shapes)
     raise_problems(graph.problems, file.path)
     module, layers = _build(graph, file)
     return Model(
@@ -187,12 +187,15 @@ def load(
     )
 
 
-def _read(model: str | Path | onnx.ModelProto) -> OnnxFile:
+def _read(
+    model: str | Path | onnx.ModelProto, shapes: Mapping[str, Sequence[int]] | None
+) -> tuple[OnnxFile, Graph]:
     if not isinstance(model, str | Path | onnx.ModelProto):
         raise UsageError(
             f"a model is a path or an onnx.ModelProto, this is a {type(model).__name__}"
         )
-    return read(model)
+    file = read(model)
+    return file, read_graph(replace(file, proto=inline(file)), shapes or {})
 
 
 def _build(graph: Graph, file: OnnxFile) -> tuple[object, tuple[Layer, ...]]:

@@ -7,7 +7,7 @@ so every compile ends with this check on seeded inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +19,7 @@ from .layer_names import node_ids, part
 from .model import Layer, Model
 from .onnx_file import read
 from .onnx_graph import Graph, read_graph
+from .onnx_inline import inline
 from .onnx_ranges import float_types, index_bounds
 from .reference import NotCheckedError, reference
 
@@ -366,7 +367,8 @@ def _tensors(model: Model) -> list[tuple[Layer, str, str]]:
 
 
 def _graph(source: onnx.ModelProto) -> Graph:
-    return read_graph(read(source), {})
+    file = read(source)
+    return read_graph(replace(file, proto=inline(file)), {})
 
 
 def _failed(
