@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-os.environ.setdefault("TVM_NUM_THREADS", "1")
-
 import tvm
 from tvm import relax
 
