@@ -28,8 +28,9 @@ BATCH = 64
 SCHEDULE = ((24, 0.02), (12, 0.004), (6, 0.0008))
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-3
-# Augmentation, chosen on 30% of the training split held out (99.3% against 98.5% with whole
-# pixels and no noise): shift in pixels each way, standard deviation of the noise.
+# Augmentation: shift in pixels each way, standard deviation of the noise. Chosen with rate and
+# decay on 404 of the training images, held out for that: 401 right, against 398 with shifts by
+# whole pixels, no noise, rate 0.05 and decay 5e-4.
 SHIFT = 0.7
 NOISE = 0.05
 RUNNING_STATISTICS_MOMENTUM = 0.1
