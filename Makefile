@@ -11,7 +11,7 @@ READY := .venv/.ready
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cross,compare,report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cross,compare,dev]'
 	touch $(READY)
 
 demo: $(READY)

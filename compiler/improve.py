@@ -29,6 +29,7 @@ from .peers import Peer
 from .progress import Progress, silent
 from .recipe import Int8Step, PruneStep, Recipe, SplitStep, TuneStep
 from .reference import reference
+from .report import html
 from .report.schema import Latency, Report, Verdict
 from .report.schema import Peer as PeerRow
 from .summary import Judged, Version, summarize
@@ -288,7 +289,11 @@ class _Build:
         else:
             verdict, reason = Verdict.REVERTED, f"not faster outside noise: {_speed(speedup)}"
         return Judged(
-            name=version.name, version=version, verdict=verdict, reason=reason, speedup=speedup
+            name=version.name,
+            version=version,
+            verdict=verdict,
+            reason=reason,
+            previous=kept.name if self.measurable else None,
         )
 
     def _lost(self, quality: Quality) -> float:
@@ -324,8 +329,6 @@ class _Build:
         folder.mkdir(parents=True, exist_ok=True)
         package.save(self.recipe.package_path)
         report.write(folder / "report.json")
-        from .report import html
-
         (folder / "report.html").write_text(html.render(report), encoding="utf-8")
         return report
 

@@ -82,8 +82,8 @@ class Judged:
         What was tried; None where there was nothing to try.
     seconds : float
         What the step took.
-    speedup : Speedup or None
-        Against what was kept before.
+    previous : str or None
+        Name of the row that was kept before.
     settings : mapping
         Of the step, from the recipe.
     skipped : tuple of (str, str)
@@ -95,7 +95,7 @@ class Judged:
     reason: str
     version: Version | None = None
     seconds: float = 0.0
-    speedup: Speedup | None = None
+    previous: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
 
@@ -190,8 +190,9 @@ def _row(row: Judged, measured: Measurement | None, *, has_peer: bool) -> StepRo
         if has_peer:
             speedup = measured.speedup(row.name, over="onnxruntime")
             measurements["vs_onnxruntime"] = _comparison(speedup)
-    if row.speedup is not None:
-        measurements["vs_previous"] = _comparison(row.speedup)
+        if row.previous is not None:
+            speedup = measured.speedup(row.name, over=row.previous)
+            measurements["vs_previous"] = _comparison(speedup)
     return common.model_copy(
         update={
             "accuracy": version.quality.accuracy,

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hone.errors import ToolchainError
 from hone.report import charts, numbers, table
 from hone.report.schema import Report
 
@@ -28,19 +27,9 @@ def render(report: Report) -> str:
 
     Every text of the report is escaped, and the page forbids scripts and connections
     (Content-Security-Policy): a model or a layer may have any name.
-
-    Raises
-    ------
-    ToolchainError
-        jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ToolchainError(
-            "the HTML report needs jinja2, which is not installed",
-            hint="pip install 'hone-compiler[report]'",
-        ) from error
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -3,13 +3,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
-from hone.errors import ToolchainError
 from hone.report import charts, html
 
 EVIL = "</title></style></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
@@ -208,17 +206,6 @@ def test_headlines_are_ratios_of_the_measured_medians(report):
         "of the ONNX weights": "7%",
         "top-1 accuracy": "97.60%",
     }
-
-
-def test_missing_jinja2_says_what_to_install(report, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ToolchainError) as caught:
-        html.render(report)
-    assert caught.value.exit_code == 6
-    assert str(caught.value) == (
-        "the HTML report needs jinja2, which is not installed\n"
-        "  hint: pip install 'hone-compiler[report]'"
-    )
 
 
 def luminance(colour: str) -> float:
