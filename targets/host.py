@@ -10,8 +10,9 @@ import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from hone.errors import ToolchainError
 
@@ -21,8 +22,6 @@ from .features import available, known, machine
 from .target import Target
 
 _SYSTEM = Path("/")
-# Placeholders of what :func:`detect` measures.
-_UNKNOWN = {"cores": 1, "l1d_bytes": 0, "l2_bytes": 0, "l3_bytes": 0}
 _UNITS = {"K": 1024, "M": 1024**2, "G": 1024**3}
 # What every 64-bit x86 and ARM core of the last ten years has at least.
 _LEAST_L1D_BYTES, _LEAST_L2_BYTES = 32 * 1024, 256 * 1024
@@ -187,7 +186,17 @@ def arm_core(cpuinfo: str) -> str:
     return cores.pop() if len(cores) == 1 else "generic"
 
 
-def _x86(usable: frozenset[str]) -> Target:
+class _Facts(TypedDict):
+    """What is found out the same way on every architecture."""
+
+    cores: int
+    l1d_bytes: int
+    l2_bytes: int
+    l3_bytes: int
+    sources: tuple[str, ...]
+
+
+def _x86(usable: frozenset[str], facts: _Facts) -> Target:
     vector_bits, vector_registers = x86.vectors_of(usable)
     return Target(
         name="host",
@@ -199,12 +208,11 @@ def _x86(usable: frozenset[str]) -> Target:
         vector_bits=vector_bits,
         vector_registers=vector_registers,
         tensor_instructions=x86.tensor_instructions_of(usable),
-        sources=("xgetbv", "arch_prctl"),
-        **_UNKNOWN,
+        **facts,
     )
 
 
-def _arm(usable: frozenset[str]) -> Target:
+def _arm(usable: frozenset[str], facts: _Facts) -> Target:
     return Target(
         name="host",
         kind="cpu",
@@ -216,8 +224,7 @@ def _arm(usable: frozenset[str]) -> Target:
         vector_bits=arm.VECTOR_BITS,
         vector_registers=arm.VECTOR_REGISTERS,
         tensor_instructions=arm.tensor_instructions_of(usable),
-        sources=("getauxval",),
-        **_UNKNOWN,
+        **facts,
     )
 
 
@@ -242,15 +249,15 @@ def detect() -> Target:
         )
     usable = available(arch)
     found = caches(min(os.sched_getaffinity(0)))
-    sources = ["/proc/cpuinfo", "/sys/devices/system/cpu", "sched_getaffinity", "cgroup cpu limit"]
+    sources = ["xgetbv", "arch_prctl"] if arch == "x86_64" else ["getauxval"]
+    sources += ["/proc/cpuinfo", "/sys/devices/system/cpu", "sched_getaffinity", "cgroup cpu limit"]
     if not found.l1d_bytes or not found.l2_bytes:
         sources.append("caches: not reported by sysfs, the least that such cores have")
-    template = _x86(usable) if arch == "x86_64" else _arm(usable)
-    return replace(
-        template,
+    facts = _Facts(
         cores=usable_cores(),
         l1d_bytes=found.l1d_bytes or _LEAST_L1D_BYTES,
         l2_bytes=found.l2_bytes or _LEAST_L2_BYTES,
         l3_bytes=found.l3_bytes,
-        sources=(*template.sources, *sources),
+        sources=tuple(sources),
     )
+    return _x86(usable, facts) if arch == "x86_64" else _arm(usable, facts)

@@ -62,7 +62,7 @@ def level_of(features: Collection[str]) -> str:
         ``"x86-64"`` to ``"x86-64-v4"``.
     """
     # The baseline itself is taken for granted: there is no x86-64 processor without it.
-    return next(name for name in reversed(LEVELS) if set(LEVELS[name]) <= {*_V1, *features})
+    return next(name for name in reversed(tuple(LEVELS)) if set(LEVELS[name]) <= {*_V1, *features})
 
 
 def vectors_of(features: Collection[str]) -> tuple[int, int]:
