@@ -57,6 +57,9 @@ RUN_TIMEOUT_S = 10.0
 TICK_S = 0.25
 """How often the progress moves while nothing happens."""
 
+LAST_BREATH_S = 2.0
+"""How long a child that hung up may take to end (a crash writes its traceback first)."""
+
 START_ATTEMPTS = 2
 """Children that may die before their first kernel; then it is not a kernel's fault."""
 
@@ -148,6 +151,7 @@ class _Task:
     untuned_s: float | None = None
     trials: int = 0
     failed: int = 0
+    failure: str = ""
 
     @property
     def key(self) -> str:
@@ -215,6 +219,7 @@ class _Session:
         elif kind == "failed":
             task.trials += 1
             task.failed += 1
+            task.failure = str(message["reason"])
         elif kind == "untuned":
             task.untuned_s = message["seconds"]
             self.database.add_task(task.key, name=task.name, untuned_s=task.untuned_s)
@@ -380,8 +385,17 @@ class _Child:
         with suppress(ConnectionError):
             self.link.send_bytes(b"{}")
 
-    def kill(self) -> str:
-        """End the child and everything it started; return how it had ended by itself."""
+    def kill(self, *, ended: bool) -> str:
+        """End the child and everything it started; return how it had ended by itself.
+
+        Parameters
+        ----------
+        ended : bool
+            Whether it hung up: then the system is about to say how it ended.
+        """
+        if ended:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=LAST_BREATH_S)
         code = self._process.poll()
         # The session's group outlives its leader: forked candidates may still be at work.
         with suppress(ProcessLookupError):
@@ -450,11 +464,11 @@ def _search(
     while True:
         session.restart()
         child = _Child(session, folder)
-        reason = "died"
+        reason = "failed"
         try:
             reason = _follow(session, child, interrupt, show)
         finally:
-            how = child.kill()
+            how = child.kill(ended=reason == "died")
             # What the child had said before it was stopped is kept.
             while child.link.poll() and (message := child.receive()) is not None:
                 session.take(message)
@@ -580,21 +594,26 @@ def tune(
             where=str(database.folder),
             hint="run the same command again: it goes on from there.",
         )
-    if session.records == 0 and (session.quarantined or not session.exhausted):
+    complete = session.exhausted and any(task.best_s is not None for task in session.tasks)
+    if session.tasks and session.records == 0 and not complete:
         raise _nothing_found(session)
     return _result(session)
 
 
 def _nothing_found(session: _Session) -> OutOfTimeError:
-    trials = sum(task.trials for task in session.tasks)
     reasons = [
-        f"\n  - {session.tasks[position].name}: {reason}"
-        for position, reason in session.quarantined.items()
+        f"{task.name}: all {task.failed} candidates failed, the last one because: {task.failure}"
+        for task in session.tasks
+        if task.failed
     ]
+    reasons += [f"{session.tasks[i].name}: {reason}" for i, reason in session.quarantined.items()]
+    trials = sum(task.trials for task in session.tasks)
     return OutOfTimeError(
         f"tuning ended after {session.elapsed_s():.0f} s without a valid record "
-        f"({trials} candidates tried, budget {session.budget_s:g} s)." + "".join(reasons),
-        hint="give it more time; the first record of a small model takes about 10 s.",
+        f"({trials} candidates tried, budget {session.budget_s:g} s)."
+        + "".join(f"\n  - {reason}" for reason in reasons),
+        where=str(session.database.folder),
+        hint="the untuned schedules stay; a longer budget helps where no candidate was tried.",
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule import _ffi_api
 
@@ -173,8 +174,7 @@ class KernelSearch:
         self._context = make_context(module, target, evolution, seed=seed)
         spaces = self._context.generate_design_space()
         self._context.pre_tuning(FOREVER, batch, spaces, database, model)
-        templates = template_candidates(module, machine)
-        self._first = [templates[i : i + batch] for i in range(0, len(templates), batch)]
+        first = template_candidates(module, machine)
         if seeds:
             model.update(
                 self._context,
@@ -184,14 +184,16 @@ class KernelSearch:
         else:
             draw = make_context(module, target, ms.search_strategy.ReplayTrace(), seed=seed)
             draw.pre_tuning(batch, batch, spaces, database, model)
-            self._first.append(list(draw.generate_measure_candidates() or ()))
+            first += list(draw.generate_measure_candidates() or ())
+        # Small spaces give the same candidate again and again.
+        distinct = {tvm_ffi.structural_hash(candidate.sch.mod): candidate for candidate in first}
+        first = [candidate for candidate in distinct.values() if not self.known(candidate)]
+        self._first = [first[i : i + batch] for i in range(0, len(first), batch)]
 
     def propose(self) -> Proposal:
         """Return the next candidates; none when the space is exhausted."""
-        while self._first:
-            candidates = self._first.pop(0)
-            if candidates:
-                return Proposal(candidates=candidates, bred=False)
+        if self._first:
+            return Proposal(candidates=self._first.pop(0), bred=False)
         bred = self._context.generate_measure_candidates()
         return Proposal(candidates=list(bred or ()), bred=True)
 
