@@ -185,7 +185,7 @@ class _Build:
 
     def _tuned_baseline(self) -> list[Judged]:
         """Return the row of the unchanged model after tuning, where the recipe wants one."""
-        seconds = self.recipe.measure.baseline_tune_seconds
+        seconds = self.recipe.baseline_tune_seconds
         if not seconds or not self.measurable:
             return []
         started = time.monotonic()

@@ -112,8 +112,9 @@ class MeasureSection(Section):
     baselines: list[Literal["onnxruntime", "openvino"]] = Field(
         default=["onnxruntime"], description="peers measured in the same interleaved run"
     )
-    baseline_tune_seconds: Annotated[float, Field(ge=0)] = Field(
-        default=60.0, description="tunes the unchanged model too, for a fair comparison; 0: do not"
+    tune_baseline: bool = Field(
+        default=True,
+        description="tune the unchanged model as long as the tune steps, for a fair comparison",
     )
 
     @model_validator(mode="after")
@@ -264,6 +265,13 @@ class Recipe(Section):
     def tune_seconds(self, step: TuneStep) -> float:
         """Return the time budget of a tune step in seconds."""
         return self.tune.seconds if step.seconds is None else step.seconds
+
+    @property
+    def baseline_tune_seconds(self) -> float:
+        """Time budget for tuning the unchanged model: that of all tune steps together."""
+        if not self.measure.tune_baseline:
+            return 0.0
+        return sum(self.tune_seconds(step) for step in self.step if isinstance(step, TuneStep))
 
     def step_names(self) -> list[str]:
         """Return a unique name for each step, as the report's rows carry it."""

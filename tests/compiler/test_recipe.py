@@ -35,7 +35,7 @@ rounds = 4
 runs = 6
 warmup = 2
 baselines = ["onnxruntime", "openvino"]
-baseline_tune_seconds = 0
+tune_baseline = false
 [[step]]
 kind = "prune"
 amount = 0.5

@@ -28,7 +28,7 @@ def a_recipe(folder: Path, *steps: dict[str, Any], **tables: dict[str, Any]) -> 
             "evaluation": str(DIGITS / "evaluation.npz"),
         },
         "output": {"directory": str(folder)},
-        "measure": {"rounds": 3, "runs": 5, "warmup": 1, "baseline_tune_seconds": 0.0},
+        "measure": {"rounds": 3, "runs": 5, "warmup": 1},
         "step": list(steps),
     }
     for name, table in tables.items():
