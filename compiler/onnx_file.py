@@ -80,6 +80,7 @@ def read(model: str | Path | onnx.ModelProto) -> OnnxFile:
         digest = hashlib.sha256(data)
         proto = _parse(data, where)
         _load_external(proto, path, digest)
+    _check_text(proto, where)
     return OnnxFile(
         proto=proto, path=where, sha256=digest.hexdigest(), opset=_check_opset(proto, where)
     )
@@ -158,6 +159,21 @@ def _load_external(proto: onnx.ModelProto, path: Path, digest: hashlib._Hash) ->
             f"the model's external data cannot be read: {str(error).splitlines()[0]}",
             where=str(path),
         ) from error
+
+
+def _check_text(proto: onnx.ModelProto, where: str | None) -> None:
+    """Protobuf parses names that are no UTF-8; nothing after it can handle them."""
+    for node in proto.graph.node:
+        attributes = [a.name for a in node.attribute]
+        for text in (node.name, node.op_type, node.domain, *node.input, *node.output, *attributes):
+            try:
+                text.encode("utf-8")
+            except (UnicodeError, AttributeError):
+                raise ModelError(
+                    f"the file is damaged: {text!r} is no valid name",
+                    where=where,
+                    hint="compare its checksum with the original's, or export it again",
+                ) from None
 
 
 def _check_opset(proto: onnx.ModelProto, where: str | None) -> int:

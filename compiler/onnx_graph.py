@@ -159,11 +159,13 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def dtype_name(elem_type: int) -> str:
-    """Return the numpy name of an ONNX element type, ``string`` or ``undefined`` for others."""
+    """Return the numpy name of an ONNX element type; ``string``, ``undefined`` or its number."""
     if elem_type == onnx.TensorProto.STRING:
         return "string"
     if elem_type == onnx.TensorProto.UNDEFINED:
         return "undefined"
+    if elem_type not in onnx.TensorProto.DataType.values():
+        return f"number {elem_type}"
     return str(np.dtype(helper.tensor_dtype_to_np_dtype(elem_type)))
 
 
@@ -394,7 +396,7 @@ class _Reader:
         if not stop:
             try:
                 onnx.checker.check_node(proto, self.context)
-            except onnx.checker.ValidationError as error:
+            except (onnx.checker.ValidationError, UnicodeError) as error:
                 self._problem(layer, proto.op_type, f"invalid node: {_first_line(error)}")
                 stop = True
         if stop or self.unknown.intersection(proto.input):
@@ -479,8 +481,12 @@ class _Reader:
         return True
 
     def _fold_constant(self, proto: onnx.NodeProto, layer: str) -> bool:
-        attribute = proto.attribute[0]
         name = proto.output[0]
+        if len(proto.attribute) != 1:
+            self._problem(layer, "Constant", f"it has {len(proto.attribute)} values, required is 1")
+            self.unknown.add(name)
+            return True
+        attribute = proto.attribute[0]
         if attribute.name == "value":
             self._store(attribute.t, name, f"Constant {layer!r}")
             return True

@@ -526,6 +526,24 @@ def test_truncated_files_say_so(tmp_path):
     assert "this is not an ONNX model, or one cut short" in str(failure(path))
 
 
+def test_damaged_models_never_raise_anything_else(tmp_path):
+    content = models.build("digits-cnn").SerializeToString()
+    rng = np.random.default_rng(0)
+    structure = [*range(600), *range(len(content) - 1200, len(content))]  # not the weights
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for position in rng.choice(structure, 2):
+            damaged[position] = rng.integers(256)
+        path = tmp_path / "m.onnx"
+        path.write_bytes(damaged)
+        try:
+            refused += not importer.check(path).ok
+        except ModelError:
+            refused += 1
+    assert refused > 100
+
+
 def test_missing_files_and_folders_say_so(tmp_path):
     assert str(failure(tmp_path / "no.onnx")) == f"{tmp_path}/no.onnx: there is no such file"
     (tmp_path / "a.onnx").touch()
