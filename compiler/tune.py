@@ -40,10 +40,9 @@ from .database import Database, kernels, seconds_of, workload_module
 from .errors import HoneError, InterruptError, OutOfTimeError, UsageError
 from .tune_order import estimate_s
 
-OVERRUN_S = 5.0
-OVERRUN_SHARE = 0.1
-"""How far past its budget a session may end: the larger of the two. The child is stopped at half
-of it, the rest is for writing down and cleaning up."""
+GRACE_S = 0.5
+"""How long after the deadline the child is stopped, whatever it does: it times nothing any more,
+but it may be on its way out. Far below the 5 s or 10% that a session may overrun its budget."""
 
 WATCHDOG_S = 45.0
 """A child silent for longer hangs: it speaks after every candidate, and each has a time limit."""
@@ -184,7 +183,7 @@ class _Session:
     @property
     def last_call(self) -> float:
         """When the child is stopped whatever it does."""
-        return self.deadline + max(OVERRUN_S, OVERRUN_SHARE * self.budget_s) / 2
+        return self.deadline + GRACE_S
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self.started
@@ -225,6 +224,8 @@ class _Session:
             self.database.add_task(task.key, name=task.name, untuned_s=task.untuned_s)
             if task.untuned_s is None:
                 self.log(f"{task.name}: could not be run untuned: {message['reason']}")
+        elif kind == "refusal":
+            self.log(f"{task.name}: only its template is searched: {message['reason']}")
         elif kind == "quarantine":
             self.quarantine(position, message["reason"])
 

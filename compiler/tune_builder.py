@@ -137,7 +137,7 @@ def make_arguments(
             values = generator.random(shape, dtype=np.float32) * np.float32(0.95)
             values += np.float32(0.05)
             values = values.astype(_numpy_dtype(dtype))
-        tensors.append(tvm.runtime.tensor(np.ascontiguousarray(values)))
+        tensors.append(tvm.runtime.tensor(np.asarray(values)))
     return tensors
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from tvm.s_tir.meta_schedule import _ffi_api
 from hone.targets.schedule.machine import Machine
 
 from . import journal
-from .replay import ReplayError, parse
+from .reason import reason_of
+from .replay import REFUSALS, ReplayError, parse
 from .tune_variants import template_candidates
 
 POPULATION = 40
@@ -103,6 +105,10 @@ def _result(seconds: tuple[float, ...]) -> ms.runner.RunnerResult:
     return ms.runner.RunnerResult(None, "failed")
 
 
+def _times(record: ms.database.TuningRecord) -> tuple[float, ...]:
+    return tuple(float(seconds) for seconds in record.run_secs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
     """Candidates to measure next.
@@ -143,6 +149,11 @@ class KernelSearch:
         Candidates per proposal.
     seed : int
         Positive.
+
+    Attributes
+    ----------
+    refusal : str
+        Why only the templates are tried; empty when the general space is searched too.
     """
 
     def __init__(
@@ -168,32 +179,47 @@ class KernelSearch:
                 seeds.append(parse(value, self._workload))
         for record in seeds:
             database.commit_tuning_record(record)
-        evolution = ms.search_strategy.EvolutionarySearch(
-            population_size=POPULATION, init_min_unmeasured=FRESH, genetic_num_iters=GENERATIONS
-        )
-        self._context = make_context(module, target, evolution, seed=seed)
-        spaces = self._context.generate_design_space()
-        self._context.pre_tuning(FOREVER, batch, spaces, database, model)
         first = template_candidates(module, machine)
-        if seeds:
-            model.update(
-                self._context,
-                [record.as_measure_candidate() for record in seeds],
-                [_result(tuple(map(float, record.run_secs))) for record in seeds],
-            )
+        self.refusal = ""
+        self._context: ms.TuneContext | None = None
+        try:
+            context = self._open(module, batch=batch, seed=seed)
+            first += [] if seeds else self._draw(module, batch=batch, seed=seed)
+        except REFUSALS as error:
+            # TVM's rules do not cope with every kernel; what its template offers is still tried.
+            self.refusal = reason_of(error)
         else:
-            draw = make_context(module, target, ms.search_strategy.ReplayTrace(), seed=seed)
-            draw.pre_tuning(batch, batch, spaces, database, model)
-            first += list(draw.generate_measure_candidates() or ())
+            self._context = context
+            self._learn([record.as_measure_candidate() for record in seeds], map(_times, seeds))
         # Small spaces give the same candidate again and again.
         distinct = {tvm_ffi.structural_hash(candidate.sch.mod): candidate for candidate in first}
         first = [candidate for candidate in distinct.values() if not self.known(candidate)]
         self._first = [first[i : i + batch] for i in range(0, len(first), batch)]
 
+    def _open(self, module: tvm.IRModule, *, batch: int, seed: int) -> ms.TuneContext:
+        """Return the evolutionary search over TVM's general space."""
+        strategy = ms.search_strategy.EvolutionarySearch(
+            population_size=POPULATION, init_min_unmeasured=FRESH, genetic_num_iters=GENERATIONS
+        )
+        context = make_context(module, self._target, strategy, seed=seed)
+        spaces = context.generate_design_space()
+        context.pre_tuning(FOREVER, batch, spaces, self._database, self._model)
+        return context
+
+    def _draw(self, module: tvm.IRModule, *, batch: int, seed: int) -> list[ms.MeasureCandidate]:
+        """Return a batch drawn at random from the same space."""
+        strategy = ms.search_strategy.ReplayTrace()
+        context = make_context(module, self._target, strategy, seed=seed)
+        spaces = context.generate_design_space()
+        context.pre_tuning(batch, batch, spaces, self._database, self._model)
+        return list(context.generate_measure_candidates() or ())
+
     def propose(self) -> Proposal:
         """Return the next candidates; none when the space is exhausted."""
         if self._first:
             return Proposal(candidates=self._first.pop(0), bred=False)
+        if self._context is None:
+            return Proposal(candidates=[], bred=False)
         bred = self._context.generate_measure_candidates()
         return Proposal(candidates=list(bred or ()), bred=True)
 
@@ -241,12 +267,13 @@ class KernelSearch:
         new : list of int
             Positions of the candidates that had not been measured before.
         """
-        results = [_result(times) for times in seconds]
-        if proposal.bred:
+        if proposal.bred and self._context is not None:
+            results = [_result(times) for times in seconds]
             self._context.notify_runner_results(proposal.candidates, results)
-        if new:
-            self._model.update(
-                self._context,
-                [proposal.candidates[i] for i in new],
-                [results[i] for i in new],
-            )
+        self._learn([proposal.candidates[i] for i in new], [seconds[i] for i in new])
+
+    def _learn(
+        self, candidates: list[ms.MeasureCandidate], seconds: Iterable[tuple[float, ...]]
+    ) -> None:
+        if candidates and self._context is not None:
+            self._model.update(self._context, candidates, [_result(times) for times in seconds])

@@ -1,8 +1,8 @@
 """Candidates from hone's own templates: the same schedule, decided for slightly different machines.
 
 The untuned path asks an analytic model for one tile; here the model is asked again with fewer
-registers, narrower vectors and other caches, and every distinct answer is measured. A handful of
-candidates that are all near the best one, before the general search begins.
+registers, narrower vectors, other caches and thread counts, and every distinct answer is measured.
+A handful of candidates that are all near the best one, before the general search begins.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ def machines(base: Machine) -> Iterator[Machine]:
     base : Machine
         The real one.
     """
-    for lanes in dict.fromkeys((base.lanes, max(base.lanes // 2, 1))):
-        for factor in CACHE_FACTORS:
-            for accumulators in range(base.accumulators, LEAST_ACCUMULATORS - 1, -ACCUMULATOR_STEP):
-                yield replace(
-                    base,
-                    lanes=lanes,
-                    accumulators=accumulators,
-                    l2_bytes=max(int(base.l2_bytes * factor), 1),
-                )
+    for threads in dict.fromkeys((base.threads, 1, 2 * base.threads)):
+        for lanes in dict.fromkeys((base.lanes, max(base.lanes // 2, 1))):
+            for factor in CACHE_FACTORS:
+                for sums in range(base.accumulators, LEAST_ACCUMULATORS - 1, -ACCUMULATOR_STEP):
+                    yield replace(
+                        base,
+                        threads=threads,
+                        lanes=lanes,
+                        accumulators=sums,
+                        l2_bytes=max(int(base.l2_bytes * factor), 1),
+                    )
 
 
 def template_candidates(workload: tvm.IRModule, base: Machine) -> list[ms.MeasureCandidate]:
@@ -56,18 +58,14 @@ def template_candidates(workload: tvm.IRModule, base: Machine) -> list[ms.Measur
     Returns
     -------
     list of MeasureCandidate
-        The analytic model's own choice is not among them: it is measured as the untuned kernel.
+        The analytic model's own choice first: its record says that the kernel was tried, even
+        where nothing else can be.
     """
     arguments = ms.arg_info.ArgInfo.from_entry_func(workload)
     distinct: dict[int, s_tir.Schedule] = {}
-    own: int | None = None
     for machine in machines(base):
         schedule, _, _ = trace(workload["main"], machine)
         if schedule is None:
             continue
-        key = tvm_ffi.structural_hash(schedule.mod)
-        own = key if own is None else own
-        distinct.setdefault(key, schedule)
-    return [
-        ms.MeasureCandidate(schedule, arguments) for key, schedule in distinct.items() if key != own
-    ]
+        distinct.setdefault(tvm_ffi.structural_hash(schedule.mod), schedule)
+    return [ms.MeasureCandidate(schedule, arguments) for schedule in distinct.values()]

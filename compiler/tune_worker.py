@@ -22,6 +22,7 @@ from hone.targets.schedule.machine import Machine
 
 from . import journal
 from .reason import reason_of
+from .replay import REFUSALS
 from .tune_bench import Bench
 from .tune_builder import Job, die_with_parent
 from .tune_kernel import KernelSearch, cores
@@ -109,7 +110,7 @@ class Search:
             self._say("turn", task=position)
             try:
                 finished = not self._turn(position)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            except REFUSALS as error:
                 # What TVM's search refuses about one kernel does not concern the others.
                 self._say("quarantine", task=position, reason=reason_of(error))
                 self._order.finish(position)
@@ -135,6 +136,8 @@ class Search:
                 batch=self._batch,
                 seed=(self._seed * 1009 + position) % (2**31 - 2) + 1,
             )
+            if kernel.search.refusal:
+                self._say("refusal", task=position, reason=kernel.search.refusal)
         search = kernel.search
         proposal = search.propose()
         if not proposal.candidates:
