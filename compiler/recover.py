@@ -49,6 +49,7 @@ _LOSS = "backbone_loss"
 _STEP = "backbone_loss_adjoint"
 _OPTIMIZER = "optimizer"
 
+_CONV2D = tvm.ir.Op.get("relax.nn.conv2d")
 _SOFTMAX = tvm.ir.Op.get("relax.nn.softmax")
 """Distillation reads the logits below a network's last softmax."""
 
@@ -429,7 +430,7 @@ def _require_gradients(main: relax.Function, inputs: int) -> None:
         if not reached.intersection(variables(value)):
             continue
         reached.add(binding.var)
-        if isinstance(value, relax.Call) and not gradients.has_gradient(value.op):
+        if isinstance(value, relax.Call) and not _is_differentiable(value):
             problems.append(f"{layer_of(binding.var)}: {value.op.name} has no gradient")
     if problems:
         raise ModelError(
@@ -437,6 +438,14 @@ def _require_gradients(main: relax.Function, inputs: int) -> None:
             problems=problems,
             hint="leave recovery out of the recipe",
         )
+
+
+def _is_differentiable(call: relax.Call) -> bool:
+    if call.op.same_as(_CONV2D):
+        # Relax's gradient of a convolution takes it for one that is not dilated.
+        layouts = (str(call.attrs.data_layout), str(call.attrs.kernel_layout))
+        return layouts == ("NCHW", "OIHW") and all(int(step) == 1 for step in call.attrs.dilation)
+    return isinstance(call.op, tvm.ir.Op) and gradients.has_gradient(call.op)
 
 
 def _tensors(arrays: Sequence[np.ndarray]) -> list[tvm.runtime.Tensor]:

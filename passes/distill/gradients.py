@@ -36,7 +36,7 @@ def register() -> None:
 
 def has_gradient(op: Op) -> bool:
     """Tell whether an operator has a gradient."""
-    return bool(op.has_attr(_ATTRIBUTE))
+    return op.get_attr(_ATTRIBUTE) is not None
 
 
 def _like(value: float, expr: relax.Expr) -> relax.Expr:
