@@ -220,12 +220,14 @@ class _Session:
             task.failed += 1
             task.failure = str(message["reason"])
         elif kind == "untuned":
-            task.untuned_s = message["seconds"]
-            self.database.add_task(task.key, name=task.name, untuned_s=task.untuned_s)
-            if task.untuned_s is None:
+            seconds = message["seconds"]
+            self.database.add_task(task.key, name=task.name, untuned_s=seconds)
+            if seconds is not None:
+                task.untuned_s = min(seconds, task.untuned_s or math.inf)
+            else:
                 self.log(f"{task.name}: could not be run untuned: {message['reason']}")
-        elif kind == "refusal":
-            self.log(f"{task.name}: only its template is searched: {message['reason']}")
+        elif kind == "exhausted" and message["reason"]:
+            self.log(f"{task.name}: only its template was searched: {message['reason']}")
         elif kind == "quarantine":
             self.quarantine(position, message["reason"])
 

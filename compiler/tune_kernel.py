@@ -15,6 +15,7 @@ from typing import Any
 
 import tvm
 import tvm_ffi
+from tvm import s_tir
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule import _ffi_api
 
@@ -128,8 +129,9 @@ class Proposal:
 class KernelSearch:
     """The search space of one kernel, and what is known about it.
 
-    The first candidates are those of hone's templates, then, where nothing is known that could be
-    bred, one batch is drawn at random; the evolutionary search does the rest.
+    The first candidates are those of hone's templates. Then TVM's general space is made; where
+    nothing is known that could be bred, one batch is drawn from it at random, and the evolutionary
+    search does the rest.
 
     Parameters
     ----------
@@ -153,7 +155,7 @@ class KernelSearch:
     Attributes
     ----------
     refusal : str
-        Why only the templates are tried; empty when the general space is searched too.
+        Why only the templates are tried; empty as long as the general space is not refused.
     """
 
     def __init__(
@@ -168,60 +170,73 @@ class KernelSearch:
         batch: int,
         seed: int,
     ) -> None:
+        self.refusal = ""
+        self._module = module
         self._target = target
         self._database = database
         self._model = model
+        self._batch = batch
+        self._seed = seed
         self._workload = database.commit_workload(module)
         self._known = {trace_key(record): tuple(record[1]) for record in records}
-        seeds = []
+        self._parents = []
         for value in records[:SEEDS]:
             with suppress(ReplayError):  # a record that does not apply any more is no parent
-                seeds.append(parse(value, self._workload))
-        for record in seeds:
+                self._parents.append(parse(value, self._workload))
+        for record in self._parents:
             database.commit_tuning_record(record)
-        first = template_candidates(module, machine)
-        self.refusal = ""
         self._context: ms.TuneContext | None = None
-        try:
-            context = self._open(module, batch=batch, seed=seed)
-            first += [] if seeds else self._draw(module, batch=batch, seed=seed)
-        except REFUSALS as error:
-            # TVM's rules do not cope with every kernel; what its template offers is still tried.
-            self.refusal = reason_of(error)
-        else:
-            self._context = context
-            self._learn([record.as_measure_candidate() for record in seeds], map(_times, seeds))
-        # Small spaces give the same candidate again and again.
-        distinct = {tvm_ffi.structural_hash(candidate.sch.mod): candidate for candidate in first}
-        first = [candidate for candidate in distinct.values() if not self.known(candidate)]
-        self._first = [first[i : i + batch] for i in range(0, len(first), batch)]
+        self._lessons: list[tuple[ms.MeasureCandidate, tuple[float, ...]]] = []
+        self._seen: set[int] = set()
+        self._queue: list[list[ms.MeasureCandidate]] = []
+        self._enqueue(template_candidates(module, machine))
 
-    def _open(self, module: tvm.IRModule, *, batch: int, seed: int) -> ms.TuneContext:
-        """Return the evolutionary search over TVM's general space."""
-        strategy = ms.search_strategy.EvolutionarySearch(
-            population_size=POPULATION, init_min_unmeasured=FRESH, genetic_num_iters=GENERATIONS
-        )
-        context = make_context(module, self._target, strategy, seed=seed)
-        spaces = context.generate_design_space()
-        context.pre_tuning(FOREVER, batch, spaces, self._database, self._model)
-        return context
-
-    def _draw(self, module: tvm.IRModule, *, batch: int, seed: int) -> list[ms.MeasureCandidate]:
-        """Return a batch drawn at random from the same space."""
-        strategy = ms.search_strategy.ReplayTrace()
-        context = make_context(module, self._target, strategy, seed=seed)
-        spaces = context.generate_design_space()
-        context.pre_tuning(batch, batch, spaces, self._database, self._model)
-        return list(context.generate_measure_candidates() or ())
+    def _enqueue(self, candidates: Iterable[ms.MeasureCandidate]) -> None:
+        """Queue what is new of some candidates: small spaces give the same one over and over."""
+        new = []
+        for candidate in candidates:
+            key = tvm_ffi.structural_hash(candidate.sch.mod)
+            if key not in self._seen and not self.known(candidate):
+                new.append(candidate)
+            self._seen.add(key)
+        self._queue += [new[i : i + self._batch] for i in range(0, len(new), self._batch)]
 
     def propose(self) -> Proposal:
         """Return the next candidates; none when the space is exhausted."""
-        if self._first:
-            return Proposal(candidates=self._first.pop(0), bred=False)
+        if not self._queue and self._context is None and not self.refusal:
+            self._open()
+        if self._queue:
+            return Proposal(candidates=self._queue.pop(0), bred=False)
         if self._context is None:
             return Proposal(candidates=[], bred=False)
         bred = self._context.generate_measure_candidates()
         return Proposal(candidates=list(bred or ()), bred=True)
+
+    def _open(self) -> None:
+        """Make TVM's general space, which takes seconds; queue a random draw from it."""
+        evolution = ms.search_strategy.EvolutionarySearch(
+            population_size=POPULATION, init_min_unmeasured=FRESH, genetic_num_iters=GENERATIONS
+        )
+        try:
+            context = make_context(self._module, self._target, evolution, seed=self._seed)
+            spaces = context.generate_design_space()
+            context.pre_tuning(FOREVER, self._batch, spaces, self._database, self._model)
+            if not self._parents:
+                self._draw(spaces)
+        except REFUSALS as error:
+            # TVM's rules do not cope with every kernel; what its template offers was tried.
+            self.refusal = reason_of(error)
+            return
+        self._context = context
+        lessons = [(record.as_measure_candidate(), _times(record)) for record in self._parents]
+        self._teach(lessons + self._lessons)
+        self._lessons.clear()
+
+    def _draw(self, spaces: list[s_tir.Schedule]) -> None:
+        strategy = ms.search_strategy.ReplayTrace()
+        context = make_context(self._module, self._target, strategy, seed=self._seed)
+        context.pre_tuning(self._batch, self._batch, spaces, self._database, self._model)
+        self._enqueue(context.generate_measure_candidates() or ())
 
     def known(self, candidate: ms.MeasureCandidate) -> tuple[float, ...]:
         """Return the seconds that were measured for a candidate before; empty when none were."""
@@ -270,10 +285,13 @@ class KernelSearch:
         if proposal.bred and self._context is not None:
             results = [_result(times) for times in seconds]
             self._context.notify_runner_results(proposal.candidates, results)
-        self._learn([proposal.candidates[i] for i in new], [seconds[i] for i in new])
+        lessons = [(proposal.candidates[i], seconds[i]) for i in new]
+        if self._context is None:
+            self._lessons += lessons  # the model wants a context
+        else:
+            self._teach(lessons)
 
-    def _learn(
-        self, candidates: list[ms.MeasureCandidate], seconds: Iterable[tuple[float, ...]]
-    ) -> None:
-        if candidates and self._context is not None:
-            self._model.update(self._context, candidates, [_result(times) for times in seconds])
+    def _teach(self, lessons: list[tuple[ms.MeasureCandidate, tuple[float, ...]]]) -> None:
+        if lessons:
+            candidates = [candidate for candidate, _ in lessons]
+            self._model.update(self._context, candidates, [_result(times) for _, times in lessons])
