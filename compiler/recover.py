@@ -15,43 +15,24 @@ from dataclasses import dataclass, field
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.relax.training import SetupTrainer
 
-from hone.passes.distill import gradients
-from hone.passes.distill.adam import Adam
-from hone.passes.distill.kl_loss import DistillationLoss, KLDivergence, SquaredError, Term
-from hone.passes.distill.legalize_training import LegalizeTraining
-from hone.passes.distill.lift_constants import (
-    BindConstants,
-    LiftConstants,
-    Trainable,
-    trainable_constants,
-)
-from hone.passes.graph.dataflow import Dataflow, Rebuilder, layer_of, shape_of, variables
+from hone.passes.distill.kl_loss import KLDivergence, SquaredError, Term
+from hone.passes.distill.lift_constants import BindConstants, LiftConstants
+from hone.passes.distill.training_view import backbone
+from hone.passes.graph.dataflow import Dataflow, layer_of, shape_of
 from hone.passes.graph.fold_batch_norm import FoldBatchNorm
 from hone.passes.graph.rebatch import Rebatch
-from hone.targets.schedule.cpu import ScheduleModule
-from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target, resolve
 
-from . import pipeline
-from .augment import Augmentation
-from .errors import ModelError, UsageError
+from .errors import UsageError
 from .progress import Progress, silent
+from .trainer import Compiler, Trainer, tensors
 
 # The learning rate rises over this fraction of the training, then falls as a cosine to zero.
 WARM_UP = 0.05
-DEFAULT_AUGMENTATION = Augmentation(shift=1, mix=0.5)
-
-# The functions of a module that SetupTrainer made.
-_BACKBONE = "backbone"
-_LOSS = "backbone_loss"
-_STEP = "backbone_loss_adjoint"
-_OPTIMIZER = "optimizer"
-
-_CONV2D = tvm.ir.Op.get("relax.nn.conv2d")
-_SOFTMAX = tvm.ir.Op.get("relax.nn.softmax")
-"""Distillation reads the logits below a network's last softmax."""
+# The digits CNN (top-1 99.1%), half of its channels removed, 256 samples, three seeds: 98.9 to
+# 99.1% without mixing, 99.6% with half of the samples mixed; 99.3 to 99.6% with all of them.
+MIX = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +76,7 @@ def distill(
     temperature: float = 2.0,
     seed: int = 0,
     threads: int = 1,
-    augmentation: Augmentation = DEFAULT_AUGMENTATION,
+    mix: float = MIX,
     target: str | Target = "host",
     progress: Progress | None = None,
     time_limit_s: float | None = None,
@@ -122,11 +103,14 @@ def distill(
     temperature : float
         Softens both sides of the KL divergence.
     seed : int
-        Of the order and of the augmentation of the samples.
+        Of the order and of the mixing of the samples.
     threads : int
         Threads of every kernel.
-    augmentation : Augmentation
-        Changes each batch before both networks see it.
+    mix : float
+        Fraction of the samples, in [0, 1], that are mixed with another one of their batch before
+        both networks see them: few samples then go a longer way (Beyer et al. 2022, "Knowledge
+        distillation: A good teacher is patient and consistent"). Where an input is not floating
+        point, nothing is mixed.
     target : str or Target
         What the training runs on: this machine.
     progress : Progress, optional
@@ -148,20 +132,21 @@ def distill(
             raise UsageError(f"{name} must be at least 1, not {value}")
     if not learning_rate > 0.0:
         raise UsageError(f"the learning rate must be above 0, not {learning_rate}")
+    if not 0.0 <= mix <= 1.0:
+        raise UsageError(f"mix must be in [0, 1], not {mix}")
     progress = progress or silent()
     student = FoldBatchNorm()(student)
     samples = _samples(student["main"], inputs)
     own = shape_of(student["main"].params[0])[0]
     batch = max(min(batch, len(samples[0])) // own, 1) * own
-    compiler = _Compiler(target=resolve(target), threads=threads)
+    compiler = Compiler(target=resolve(target), threads=threads)
     with progress.task("compile the training step"):
         ask = _teacher(compiler, teacher, batch)
         answers = _in_batches(ask, samples, batch)
         terms, notes = _terms(student["main"], answers, temperature)
-        trainer = _Trainer(compiler, student, terms, batch)
-    notes += trainer.notes
-    if not augmentation.applies_to(samples):
-        augmentation = Augmentation()
+        trainer = Trainer(compiler, student, terms, batch)
+    if any(array.dtype.kind != "f" for array in samples):
+        mix = 0.0
     loss_before = trainer.evaluate(samples, answers)
     initial = trainer.weights()
     rng = np.random.default_rng(seed)
@@ -177,11 +162,11 @@ def distill(
                     done = max(done, (time.monotonic() - started) / time_limit_s)
                 chosen = order[index * batch : (index + 1) * batch]
                 rows = [array[chosen] for array in samples]
-                if augmentation == Augmentation():
-                    wanted = [answer[chosen] for answer in answers]
-                else:
-                    rows = augmentation.apply(rows, rng)
+                if mix:
+                    rows = mixed(rows, mix, rng)
                     wanted = ask(rows)
+                else:
+                    wanted = [answer[chosen] for answer in answers]
                 trainer.learning_rate = learning_rate * schedule(min(done, 1.0))
                 epoch_losses.append(trainer.step(rows, wanted))
             losses.append(float(np.mean(epoch_losses)))
@@ -221,106 +206,28 @@ def schedule(done: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (done - WARM_UP) / (1.0 - WARM_UP)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Compiler:
-    """The one place where training functions become machine code."""
-
-    target: Target
-    threads: int
-
-    def forward(self, module: tvm.IRModule) -> relax.VirtualMachine:
-        """Compile a network like any model."""
-        lowered = pipeline.lower(module, self.target, threads=self.threads)
-        scheduled = pipeline.schedule(lowered, self.target, threads=self.threads)
-        return self._machine(scheduled.module)
-
-    def training(self, module: tvm.IRModule) -> relax.VirtualMachine:
-        """Compile functions with gradients, whose weights are parameters."""
-        machine = Machine.of(self.target, self.threads)
-        transform = relax.transform
-        with self.target.tvm_target(self.threads):
-            lowered = tvm.transform.Sequential(
-                [
-                    LegalizeTraining(machine),
-                    transform.AnnotateTIROpPattern(),
-                    transform.FuseOps(),
-                    transform.FuseTIR(),
-                    transform.DeadCodeElimination([_LOSS, _STEP, _OPTIMIZER]),
-                ]
-            )(module)
-        return self._machine(ScheduleModule(machine)(lowered))
-
-    def _machine(self, scheduled: tvm.IRModule) -> relax.VirtualMachine:
-        executable = pipeline.build_executable(scheduled, self.target, threads=self.threads)
-        return relax.VirtualMachine(executable, tvm.cpu())
-
-
-class _Trainer:
-    """The compiled training step of a student, with its weights and optimizer states.
+def mixed(
+    inputs: Sequence[np.ndarray], fraction: float, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Return a batch in which some samples are ``λ a + (1 − λ) b`` of two of its samples.
 
     Parameters
     ----------
-    compiler : _Compiler
-        Target and threads.
-    student : tvm.IRModule
-        At its own batch.
-    terms : sequence of Term
-        Loss of each output.
-    batch : int
-        Samples in a step.
+    inputs : sequence of ndarray
+        Floating point, [N, ...] each.
+    fraction : float
+        Probability that a sample is mixed; λ is then uniform in [0, 1].
+    rng : numpy.random.Generator
+        Draws partners and λ.
     """
-
-    def __init__(
-        self, compiler: _Compiler, student: tvm.IRModule, terms: Sequence[Term], batch: int
-    ) -> None:
-        batched = Rebatch(batch)(student)
-        found = _same_shapes(trainable_constants(student), trainable_constants(batched))
-        if not found:
-            raise ModelError("the model has no float32 weight of a convolution or matmul to train")
-        self.notes: list[str] = []
-        self._names = [constant.name for constant in found]
-        self.learning_rate = 0.0
-        backbone = _backbone(LiftConstants(names=self._names)(batched)["main"])
-        _require_gradients(backbone, len(student["main"].params))
-        attributes = {"param_num": len(found), "state_num": 0}
-        module = tvm.IRModule({_BACKBONE: backbone}).with_attrs(attributes)
-        outputs = Dataflow(backbone).outputs
-        loss, optimizer = DistillationLoss(terms), Adam()
-        types = [output.ty for output in outputs] * 2
-        module = SetupTrainer(loss, optimizer, types, legalize=False)(module)
-        functions = compiler.training(module)
-        self._batch = batch
-        self._loss = functions[_LOSS]
-        self._adjoint = functions[_STEP]
-        self._optimizer = functions[_OPTIMIZER]
-        self._weights = [tvm.runtime.tensor(constant.value) for constant in found]
-        self._states = list(optimizer.state)
-
-    def step(self, inputs: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
-        """Take one optimizer step on a batch and return its loss."""
-        loss, slopes = self._adjoint(*_tensors(inputs), *self._weights, *_tensors(wanted))
-        self._states[0] = tvm.runtime.tensor(np.array(self.learning_rate, np.float32))
-        weights, states = self._optimizer(self._weights, list(slopes), self._states)
-        self._weights, self._states = list(weights), list(states)
-        return float(loss.numpy())
-
-    def evaluate(self, inputs: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
-        """Return the mean loss over all samples; a remainder of the batch is left out."""
-        batch = self._batch
-        losses = [
-            self._loss(
-                *_tensors([array[start : start + batch] for array in inputs]),
-                *self._weights,
-                *_tensors([array[start : start + batch] for array in wanted]),
-            )
-            for start in range(0, len(inputs[0]) - batch + 1, batch)
-        ]
-        return float(np.mean([loss.numpy() for loss in losses]))
-
-    def weights(self) -> dict[str, np.ndarray]:
-        """Return the present weights by name."""
-        arrays = [np.array(weight.numpy()) for weight in self._weights]
-        return dict(zip(self._names, arrays, strict=True))
+    count = len(inputs[0])
+    partner = rng.permutation(count)
+    share = np.where(rng.random(count) < fraction, rng.random(count), 1.0)
+    result = []
+    for array in inputs:
+        own = share.astype(array.dtype).reshape(-1, *[1] * (array.ndim - 1))
+        result.append(array * own + array[partner] * (1 - own))
+    return result
 
 
 def _samples(main: relax.Function, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -347,15 +254,15 @@ def _samples(main: relax.Function, inputs: Mapping[str, np.ndarray]) -> list[np.
 
 
 def _teacher(
-    compiler: _Compiler, teacher: tvm.IRModule, batch: int
+    compiler: Compiler, teacher: tvm.IRModule, batch: int
 ) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
     """Return the function from one batch of inputs to the teacher's outputs."""
     module = Rebatch(batch)(FoldBatchNorm()(teacher))
-    main = _backbone(module["main"]).with_attr("global_symbol", "main")
+    main = backbone(module["main"]).with_attr("global_symbol", "main")
     machine = compiler.forward(tvm.IRModule({"main": main}))
 
     def ask(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        outputs = machine["main"](*_tensors(inputs))
+        outputs = machine["main"](*tensors(inputs))
         outputs = [outputs] if isinstance(outputs, tvm.runtime.Tensor) else outputs
         return [output.numpy() for output in outputs]
 
@@ -393,60 +300,3 @@ def _terms(
         name = layer_of(output) if isinstance(output, relax.Var) else "output"
         notes.append(f"{name!r} of shape {list(answer.shape[1:])} is trained by squared error")
     return terms, notes
-
-
-def _same_shapes(constants: Sequence[Trainable], batched: Sequence[Trainable]) -> list[Trainable]:
-    """Return the constants that are not repeated for each sample of the batch."""
-    shapes = {constant.name: constant.value.shape for constant in batched}
-    return [constant for constant in constants if shapes.get(constant.name) == constant.value.shape]
-
-
-def _backbone(main: relax.Function) -> relax.Function:
-    """Return the network with each output a variable of its own, logits instead of softmax."""
-    graph = Dataflow(main)
-    outputs = []
-    for output in graph.outputs:
-        call = graph.call(output, _SOFTMAX)
-        last = call is not None and int(call.attrs.axis) in (-1, len(shape_of(call)) - 1)
-        outputs.append(call.args[0] if call is not None and last else output)
-    builder = Rebuilder(main)
-    for binding in graph.bindings:
-        builder.copy(binding)
-    results = [
-        builder.emit(builder.use(output), f"output_{index}", output=True)
-        for index, output in enumerate(outputs)
-    ]
-    function = builder.finish(results[0] if len(results) == 1 else relax.Tuple(results))
-    return function.with_attr("global_symbol", _BACKBONE)
-
-
-def _require_gradients(main: relax.Function, inputs: int) -> None:
-    """Raise an error that lists every layer behind a trained weight without a gradient."""
-    gradients.register()
-    reached = set(list(main.params)[inputs:])
-    problems = []
-    for binding in Dataflow(main).bindings:
-        value = binding.value
-        if not reached.intersection(variables(value)):
-            continue
-        reached.add(binding.var)
-        if isinstance(value, relax.Call) and not _is_differentiable(value):
-            problems.append(f"{layer_of(binding.var)}: {value.op.name} has no gradient")
-    if problems:
-        raise ModelError(
-            "the model cannot be trained",
-            problems=problems,
-            hint="leave recovery out of the recipe",
-        )
-
-
-def _is_differentiable(call: relax.Call) -> bool:
-    if call.op.same_as(_CONV2D):
-        # Relax's gradient of a convolution takes it for one that is not dilated.
-        layouts = (str(call.attrs.data_layout), str(call.attrs.kernel_layout))
-        return layouts == ("NCHW", "OIHW") and all(int(step) == 1 for step in call.attrs.dilation)
-    return isinstance(call.op, tvm.ir.Op) and gradients.has_gradient(call.op)
-
-
-def _tensors(arrays: Sequence[np.ndarray]) -> list[tvm.runtime.Tensor]:
-    return [tvm.runtime.tensor(array) for array in arrays]
