@@ -20,7 +20,7 @@ from . import arithmetic
 from .arithmetic import as_int32
 
 
-def _level(
+def level(
     sums: Expr,
     index: Sequence[Expr],
     multiplier: Expr,
@@ -106,7 +106,7 @@ def conv2d(
     channels = int(bias.shape[0])
     return te.compute(
         (window.shape[0], height, width, channels),
-        lambda *i: _level(
+        lambda *i: level(
             sums[i] + bias[i[3]],
             i,
             multiplier[i[3]],
@@ -154,7 +154,7 @@ def depthwise_conv2d(
     )
     return te.compute(
         shape,
-        lambda *i: _level(
+        lambda *i: level(
             sums[i] + bias[i[3]],
             i,
             multiplier[i[3]],
@@ -191,7 +191,7 @@ def dense(
     )
     return te.compute(
         (rows, channels),
-        lambda *i: _level(
+        lambda *i: level(
             sums[i] + bias[i[1]],
             i,
             multiplier[i[1]],

@@ -2,8 +2,9 @@
 
 Importing this module registers the default lowering, for vectors of `DEFAULT_LANES`; `rules` gives
 the lowering that knows the machine. Weights are constants and are packed here, once, as int8:
-``[K, R, S, C] → [ceil(K / tk), R, S, C, tk]`` with zeros in the rounding, depthwise ``[R, S, C]``,
-``[K, C] → [ceil(K / tk), C, tk]``. Runs after `QuantizeInt8` and before fusion. Numerics: exact.
+``[K, R, S, C] → [ceil(K / tk), R, S, C / 4, tk, 4]`` for a machine that sums products of bytes
+(`dot_kernels`), ``[ceil(K / tk), R, S, C, tk]`` else, zeros in the rounding; depthwise
+``[R, S, C]``. Runs after `QuantizeInt8` and before fusion. Numerics: exact.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from hone.errors import ModelError
 from hone.passes.lower.anchors import ANCHOR
 from hone.passes.lower.conv2d import Window, pack_conv2d_weight
 from hone.passes.lower.dense import pack_dense_weight
+from hone.targets.integer_dot import GROUP, LEVEL_OFFSET
+from hone.targets.schedule.integer import tile_machine
 from hone.targets.schedule.machine import Machine, Tile, choose_tile
 
-from . import kernels
+from . import dot_kernels, kernels
 from .operators import NAMES
 
 DEFAULT_LANES = 16
@@ -33,7 +36,13 @@ Legalization = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
 def rules(machine: Machine) -> dict[str, Legalization]:
     """Return operator name → lowering for a machine, for ``relax.transform.LegalizeOps``."""
-    return _rules(partial(choose_tile, machine), machine.lanes)
+    plain = _rules(partial(choose_tile, machine), machine.lanes)
+    if machine.integer_dot is None:
+        return plain
+    return plain | {
+        "hone.conv2d_int8": partial(_dot_conv2d, machine, plain["hone.conv2d_int8"]),
+        "hone.dense_int8": partial(_dot_dense, machine, plain["hone.dense_int8"]),
+    }
 
 
 def _rules(choose: Callable[..., Tile], lanes: int) -> dict[str, Legalization]:
@@ -113,22 +122,117 @@ def _dense(
 ) -> relax.Expr:
     weight = _constant(call, 1)
     channels, depth = weight.shape
-    shape = [int(extent) for extent in call.args[0].ty.shape]
-    rows = math.prod(shape[:-1])
-    data, _, *others = call.args
-    if len(shape) > 2:
-        data = bb.emit(relax.op.reshape(data, (rows, depth)))
-        if len(others) > 3:
-            others[3] = bb.emit(relax.op.reshape(others[3], (rows, channels)))
+    data, _, bias, *others = call.args
+    data, others, shape = _as_rows(bb, data, others, channels)
+    rows = int(data.ty.shape[0])
     tile = choose(height=1, width=rows, channels=channels, depth=depth, taps=1)
     product = bb.call_te(
         partial(kernels.dense, out_dtype=_dtype(call)),
         data,
         relax.const(pack_dense_weight(weight.T, tile.vectors * lanes)),
+        bias,
         *others,
         primfunc_name_hint="dense_int8",
         primfunc_attrs=ANCHOR,
     )
+    return _in_shape(bb, product, shape, channels)
+
+
+def _dot_conv2d(
+    machine: Machine, plain: Legalization, bb: relax.BlockBuilder, call: relax.Call
+) -> relax.Expr:
+    data, _, bias, *others = call.args
+    if int(call.attrs["groups"]) > 1 or str(data.ty.dtype) != "uint8":
+        return plain(bb, call)
+    weight = _constant(call, 1)
+    window = _window(call, weight.shape[1:3])
+    cut = dot_kernels.Rows.of(window)
+    height, width = window.output
+    tile = choose_tile(
+        tile_machine(machine),
+        height=height,
+        width=width,
+        channels=weight.shape[0],
+        depth=cut.groups,
+        taps=window.taps[0] * cut.taps,
+    )
+    offset = LEVEL_OFFSET.get(machine.integer_dot, 0)
+    return bb.call_te(
+        partial(
+            dot_kernels.conv2d,
+            window=window,
+            rows=cut,
+            tile_columns=tile.columns,
+            offset=offset,
+            out_dtype=_dtype(call),
+        ),
+        data,
+        relax.const(dot_kernels.pack_conv2d(weight, cut, tile.vectors * machine.lanes)),
+        _corrected(bb, bias, weight, offset),
+        *others,
+        primfunc_name_hint="conv2d_int8",
+        primfunc_attrs=ANCHOR,
+    )
+
+
+def _dot_dense(
+    machine: Machine, plain: Legalization, bb: relax.BlockBuilder, call: relax.Call
+) -> relax.Expr:
+    data, _, bias, *others = call.args
+    if str(data.ty.dtype) != "uint8":
+        return plain(bb, call)
+    weight = _constant(call, 1)
+    channels, depth = weight.shape
+    data, others, shape = _as_rows(bb, data, others, channels)
+    rows = int(data.ty.shape[0])
+    groups = dot_kernels.rounded_up(depth, GROUP) // GROUP
+    tile = choose_tile(
+        tile_machine(machine), height=1, width=rows, channels=channels, depth=groups, taps=1
+    )
+    offset = LEVEL_OFFSET.get(machine.integer_dot, 0)
+    product = bb.call_te(
+        partial(dot_kernels.dense, tile_rows=tile.columns, offset=offset, out_dtype=_dtype(call)),
+        data,
+        relax.const(dot_kernels.pack_dense(weight, tile.vectors * machine.lanes)),
+        _corrected(bb, bias, weight, offset),
+        *others,
+        primfunc_name_hint="dense_int8",
+        primfunc_attrs=ANCHOR,
+    )
+    return _in_shape(bb, product, shape, channels)
+
+
+def _corrected(
+    bb: relax.BlockBuilder, bias: relax.Expr, weight: np.ndarray, offset: int
+) -> relax.Expr:
+    """Return the bias with what an instruction takes off the levels, times the weights."""
+    if not offset:
+        return bias
+    sums = weight.reshape(len(weight), -1).sum(1, dtype=np.int32)
+    return bb.normalize(bb.emit(relax.op.add(bias, relax.const(sums * np.int32(offset)))))
+
+
+def _as_rows(
+    bb: relax.BlockBuilder, data: relax.Expr, others: list[relax.Expr], channels: int
+) -> tuple[relax.Expr, list[relax.Expr], list[int]]:
+    """Return the data and the residual of a matrix product as matrices, and the data's shape.
+
+    ``others`` holds multiplier, levels and, with a residual, that and its multiplier.
+    """
+    shape = [int(extent) for extent in data.ty.shape]
+    if len(shape) > 2:
+        rows = math.prod(shape[:-1])
+        data = bb.emit(relax.op.reshape(data, (rows, shape[-1])))
+        if len(others) > 2:
+            residual = bb.emit(relax.op.reshape(others[2], (rows, channels)))
+            others = [*others[:2], residual, *others[3:]]
+    return data, others, shape
+
+
+def _in_shape(
+    bb: relax.BlockBuilder, product: relax.Expr, shape: list[int], channels: int
+) -> relax.Expr:
+    """Return a matrix as the product of data that had a shape."""
     if len(shape) > 2:
         product = relax.op.reshape(bb.emit(product), (*shape[:-1], channels))
     return product

@@ -16,6 +16,7 @@ from tvm.s_tir.schedule import SBlockRV
 from .blocks import is_scheduled, leaves, name_of
 from .contraction import schedule_batch_matmul, schedule_conv2d, schedule_dense
 from .generic import schedule_generic
+from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
 from .window import schedule_window
 
@@ -45,6 +46,8 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("dw_acc", "window"),
         ("mm_acc", "dense"),
         ("bmm_acc", "batch_matmul"),
+        ("qconv_acc", "dot_conv2d"),
+        ("qmm_acc", "dot_dense"),
     ):
         if any(name.startswith(prefix) for name in blocks):
             return rule
@@ -66,6 +69,8 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "window": "dw_acc",
         "dense": "mm_acc",
         "batch_matmul": "bmm_acc",
+        "dot_conv2d": "qconv_acc",
+        "dot_dense": "qmm_acc",
     }
     anchor = find(anchors[rule])
     if rule == "conv2d":
@@ -74,6 +79,10 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         schedule_window(schedule, machine, anchor, find("dw_pad"), blocks)
     elif rule == "dense":
         schedule_dense(schedule, machine, anchor, blocks)
+    elif rule == "dot_conv2d":
+        schedule_dot_conv2d(schedule, machine, anchor, find("qconv_pad"), blocks)
+    elif rule == "dot_dense":
+        schedule_dot_dense(schedule, machine, anchor, find("qmm_pad"), blocks)
     else:
         schedule_batch_matmul(schedule, machine, anchor, find("bmm_pad"), blocks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from hone.targets.integer_dot import IntegerDot, integer_dot_of
 from hone.targets.target import Target
 
 # Registers that a kernel needs beside its accumulators: a weight vector, a broadcast input,
@@ -31,6 +32,8 @@ class Machine:
         Cache of one core.
     threads : int
         Threads that share a kernel.
+    integer_dot : IntegerDot or None
+        The instruction that sums products of bytes.
     """
 
     lanes: int
@@ -38,6 +41,7 @@ class Machine:
     l1_bytes: int
     l2_bytes: int
     threads: int
+    integer_dot: IntegerDot | None = None
 
     @classmethod
     def of(cls, target: Target, threads: int) -> Machine:
@@ -48,6 +52,7 @@ class Machine:
             l1_bytes=target.l1d_bytes,
             l2_bytes=target.l2_bytes,
             threads=threads,
+            integer_dot=integer_dot_of(target),
         )
 
 
