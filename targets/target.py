@@ -115,6 +115,10 @@ class Target:
         if self.vector_bits >= 512:
             # x86-64-v4 carries this tuning flag, with which LLVM's own vectorizers stop at ymm.
             attributes.append("-prefer-256-bit")
+        if self.arch == "x86_64":
+            # LLVM's vectorizer believes gathers and scatters to be cheap: it vectorizes outer loops
+            # with them, and transpositions took 2 to 9 times as long (docs/performance.md).
+            attributes += ["+prefer-no-gather", "+prefer-no-scatter"]
         return {
             "kind": "llvm",
             "mtriple": self.triple,

@@ -1,7 +1,7 @@
 """Lowers exp, erf, tanh and what is built of them to polynomials that vectorize.
 
-Rewrites ``relax.exp``, ``relax.erf``, ``relax.tanh``, ``relax.sigmoid``, ``relax.nn.silu``,
-``relax.nn.gelu`` and ``relax.nn.softmax`` in float32; LLVM would call the C library once for each
+Rewrites ``relax.exp``, ``relax.erf``, ``relax.tanh``, ``relax.sigmoid``, ``relax.nn.silu`` and
+``relax.nn.gelu`` in float32; LLVM would call the C library once for each
 element. Runs at legalization. Numerics: relative error of exp at most 3e-7, absolute error of erf
 and tanh at most 5e-7 (tested over the whole range against float64).
 """
@@ -76,29 +76,6 @@ def _gelu(x: te.Tensor) -> te.Tensor:
     return te.compute(x.shape, lambda *i: half * x[i] * (error[i] + 1.0), name="gelu")
 
 
-def _softmax(x: te.Tensor, *, axis: int) -> te.Tensor:
-    """Return ``e ** (x - max) / sum``; one exponential for each element."""
-    axis %= len(x.shape)
-    extent = x.shape[axis]
-
-    def put(i: tuple[tirx.Var, ...], k: tirx.Var) -> tuple[tirx.Var, ...]:
-        return (*i[:axis], k, *i[axis:])
-
-    outer = [e for position, e in enumerate(x.shape) if position != axis]
-    k_max = te.reduce_axis((0, extent), "k")
-    k_sum = te.reduce_axis((0, extent), "k")
-
-    def without(i: tuple[tirx.Var, ...]) -> tuple[tirx.Var, ...]:
-        return (*i[:axis], *i[axis + 1 :])
-
-    largest = te.compute(outer, lambda *i: te.max(x[put(i, k_max)], axis=k_max), name="softmax_max")
-    powers = te.compute(x.shape, lambda *i: exp(x[i] - largest[without(i)]), name="softmax_exp")
-    total = te.compute(
-        outer, lambda *i: te.sum(powers[put(i, k_sum)], axis=k_sum), name="softmax_sum"
-    )
-    return te.compute(x.shape, lambda *i: powers[i] / total[without(i)], name="softmax")
-
-
 def _elementwise(name: str, function: Callable[[tirx.Expr], tirx.Expr]) -> Callable[..., te.Tensor]:
     return lambda x: te.compute(x.shape, lambda *i: function(x[i]), name=name)
 
@@ -108,8 +85,6 @@ def _legalize(
 ) -> relax.Expr:
     if str(call.ty.dtype) != "float32":
         return default_legalization(bb, call)
-    if hint == "softmax":
-        make = partial(make, axis=int(call.attrs.axis))
     return bb.call_te(make, call.args[0], primfunc_name_hint=hint)
 
 
@@ -120,6 +95,5 @@ ELEMENTARY_RULES: dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Exp
     "relax.erf": partial(_legalize, topi.fast_erf, "erf"),
     "relax.tanh": partial(_legalize, topi.fast_tanh, "tanh"),
     "relax.nn.gelu": partial(_legalize, _gelu, "gelu"),
-    "relax.nn.softmax": partial(_legalize, _softmax, "softmax"),
 }
 """Operator name → lowering, for ``relax.transform.LegalizeOps``."""

@@ -17,7 +17,9 @@ from hone.targets.schedule.machine import Machine
 from .conv2d import legalize_conv2d
 from .dense import legalize_matmul
 from .elementary import ELEMENTARY_RULES
+from .normalize import legalize_group_norm, legalize_layer_norm, legalize_softmax
 from .pool2d import legalize_max_pool2d
+from .reductions import STATISTICS, legalize_statistic
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -41,6 +43,16 @@ class LegalizeForCPU:
             "relax.nn.conv2d": partial(legalize_conv2d, self._machine),
             "relax.matmul": partial(legalize_matmul, self._machine),
             "relax.nn.max_pool2d": legalize_max_pool2d,
+            "relax.nn.softmax": partial(legalize_softmax, False, self._machine),
+            "relax.nn.log_softmax": partial(legalize_softmax, True, self._machine),
+            "relax.nn.layer_norm": partial(legalize_layer_norm, True, self._machine),
+            "relax.nn.rms_norm": partial(legalize_layer_norm, False, self._machine),
+            "relax.nn.group_norm": partial(legalize_group_norm, self._machine),
+            "relax.nn.instance_norm": partial(legalize_group_norm, self._machine),
+            **{
+                f"relax.{kind}": partial(legalize_statistic, kind, self._machine)
+                for kind in STATISTICS
+            },
             **ELEMENTARY_RULES,
             **integer_rules(self._machine),
         }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
@@ -12,8 +14,17 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 MIN_PARALLEL_MULTIPLY_ADDS = 1 << 18
 MIN_PARALLEL_STEPS = 1 << 15
 
+# The same in cycles of arithmetic, for bodies from a copy to an exponential: two starts of 2 us.
+MIN_PARALLEL_CYCLES = 1 << 14
+# Vector operations that issue in each cycle on the cores in the tables.
+OPERATIONS_PER_CYCLE = 2
+
 REDUCE = 2  # tirx.IterVar.CommReduce
 SPATIAL = 0  # tirx.IterVar.DataPar
+
+
+class DoesNotFitError(Exception):
+    """A function is not of the form that a template schedules; the message says why."""
 
 
 def leaves(schedule: s_tir.Schedule) -> list[SBlockRV]:
@@ -95,3 +106,130 @@ def parallelize(schedule: s_tir.Schedule, loop: LoopRV, *, work: int, least: int
 def is_scheduled(func: tirx.PrimFunc) -> bool:
     """Say whether a function was scheduled before (by a tuning record)."""
     return bool(func.attrs and func.attrs.get("tirx.is_scheduled", False))
+
+
+def _operations(expression: tirx.Expr, seen: set[int]) -> int:
+    """Return how many operations and loads an expression needs, shared ones counted once."""
+    key = expression.__chandle__()
+    if key in seen:
+        return 0
+    seen.add(key)
+    parts: list[tirx.Expr] = []
+    if isinstance(expression, tvm.ir.expr.TensorLoad):
+        return 1
+    if isinstance(expression, tvm.ir.Call):
+        parts = list(expression.args)
+    elif isinstance(expression, tirx.Select):
+        parts = [expression.condition, expression.true_value, expression.false_value]
+    elif isinstance(expression, tirx.Cast):
+        parts = [expression.value]
+    elif hasattr(expression, "a") and hasattr(expression, "b"):
+        parts = [expression.a, expression.b]
+    else:
+        return 0
+    return 1 + sum(_operations(part, seen) for part in parts)
+
+
+def cycles(schedule: s_tir.Schedule, block: SBlockRV, lanes: int) -> int:
+    """Return about how many cycles a block takes on one core, in vectors."""
+    body = schedule.get(block).body
+    if not isinstance(body, tirx.BufferStore):
+        raise DoesNotFitError(f"{name_of(schedule, block)} stores more than one value")
+    operations = 1 + _operations(body.value, set())
+    return math.prod(extents(schedule, block)) * operations // (lanes * OPERATIONS_PER_CYCLE)
+
+
+def only_output(schedule: s_tir.Schedule) -> SBlockRV:
+    """Return the one block that writes the function's result.
+
+    Raises
+    ------
+    DoesNotFitError
+        There are several.
+    """
+    blocks = list(schedule.get_output_blocks(schedule.get_sblock("root")))
+    if len(blocks) != 1:
+        raise DoesNotFitError(f"the function has {len(blocks)} results")
+    return blocks[0]
+
+
+def inline_elementwise(schedule: s_tir.Schedule, *, pinned: Callable[[str], bool]) -> None:
+    """Inline every elementwise block that one other block reads, except outputs.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        Changed in place.
+    pinned : callable
+        Says by its name that a block keeps its own loops.
+    """
+    outputs = {
+        name_of(schedule, block)
+        for block in schedule.get_output_blocks(schedule.get_sblock("root"))
+    }
+    for block in leaves(schedule):
+        name = name_of(schedule, block)
+        if name in outputs or pinned(name) or is_reduction(schedule, block):
+            continue
+        if len(schedule.get_consumers(block)) != 1:
+            continue
+        try:
+            schedule.compute_inline(block)
+        except s_tir.ScheduleError:
+            # Not invertible or a partial write: the block keeps its own loops.
+            continue
+
+
+def _ends_with(
+    region: list[tirx.Expr], shape: list[int], suffix: list[tirx.Var], extents: list[int]
+) -> bool:
+    """Say whether an access runs through its buffer as the suffix's loops do, or ignores them."""
+    inside = [any(at.same_as(variable) for variable in suffix) for at in region]
+    if not any(inside):
+        # An index that is computed from the loops would still depend on them.
+        return all(isinstance(at, tirx.Var | tirx.IntImm) for at in region)
+    tail = region[-len(suffix) :]
+    return len(tail) == len(suffix) and all(
+        at.same_as(variable) and extent in (None, size)
+        for at, variable, extent, size in zip(
+            tail, suffix, [None, *extents[1:]], shape[-len(suffix) :], strict=True
+        )
+    )
+
+
+def fuse_contiguous(schedule: s_tir.Schedule, block: SBlockRV, loops: list[LoopRV]) -> list[LoopRV]:
+    """Fuse the innermost loops of an elementwise block that run through memory as one.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        Changed in place.
+    block : SBlockRV
+        Its last iteration variables belong to the loops, one each.
+    loops : list of LoopRV
+        The block's innermost loops.
+
+    Returns
+    -------
+    list of LoopRV
+        The loops, the last ones fused where every access allows it.
+    """
+    statement = schedule.get(block)
+    variables = [axis.var for axis in statement.iter_vars][-len(loops) :]
+    accesses = [
+        (
+            [axis.min for axis in region.region],
+            [int(extent) for extent in region.source.shape],
+        )
+        for region in [*statement.reads, *statement.writes]
+    ]
+    sizes = [int(schedule.get(loop).extent) for loop in loops]
+    count = 1
+    while count < len(loops) and all(
+        _ends_with(region, shape, variables[-count - 1 :], sizes[-count - 1 :])
+        for region, shape in accesses
+    ):
+        count += 1
+    if count == 1:
+        return loops
+    return [*loops[:-count], schedule.fuse(*loops[-count:])]

@@ -187,8 +187,6 @@ def schedule_batch_matmul(
     schedule.reverse_compute_at(output, m_block, preserve_unit_loops=True)
     if padding is not None:
         schedule.compute_at(padding, tasks, preserve_unit_loops=True)
-        last = schedule.get_loops(padding)[-1]
-        schedule.vectorize(schedule.split(last, [None, lanes])[1])
     work = math.prod(batch) * rows * channels * depth
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     schedule.vectorize(k_lane)

@@ -13,11 +13,12 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import SBlockRV
 
-from .blocks import is_scheduled, leaves, name_of
+from .blocks import DoesNotFitError, is_scheduled, leaves, name_of
 from .contraction import schedule_batch_matmul, schedule_conv2d, schedule_dense
 from .generic import schedule_generic
 from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
+from .rows import schedule_columns, schedule_rows
 from .window import schedule_window
 
 
@@ -30,7 +31,8 @@ class Decision:
     kernel : str
         Name of the PrimFunc.
     rule : str
-        ``conv2d``, ``dense``, ``batch_matmul``, ``window``, ``generic``, ``record`` or ``none``.
+        ``conv2d``, ``dense``, ``batch_matmul``, ``window``, ``rows``, ``columns``, ``generic``,
+        ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
     """
@@ -48,6 +50,8 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("bmm_acc", "batch_matmul"),
         ("qconv_acc", "dot_conv2d"),
         ("qmm_acc", "dot_dense"),
+        ("row_total", "rows"),
+        ("col_", "columns"),
     ):
         if any(name.startswith(prefix) for name in blocks):
             return rule
@@ -61,8 +65,9 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
     def find(prefix: str) -> SBlockRV | None:
         return next((b for name, b in by_name.items() if name.startswith(prefix)), None)
 
-    if rule == "generic":
-        schedule_generic(schedule, machine)
+    whole = {"generic": schedule_generic, "rows": schedule_rows, "columns": schedule_columns}
+    if rule in whole:
+        whole[rule](schedule, machine)
         return
     anchors: dict[str, str] = {
         "conv2d": "conv_acc",
@@ -105,7 +110,7 @@ def trace(func: tirx.PrimFunc, machine: Machine) -> tuple[s_tir.Schedule | None,
         schedule = s_tir.Schedule(tvm.IRModule({"main": func}))
         try:
             _apply(rule, schedule, machine)
-        except s_tir.ScheduleError as error:
+        except (s_tir.ScheduleError, DoesNotFitError) as error:
             reason = f"{rule}: {str(error).strip().splitlines()[-1]}"
             continue
         return schedule, rule, reason
