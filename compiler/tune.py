@@ -1,66 +1,33 @@
 """Tunes the kernels of a lowered module under a time budget, and writes what it finds at once.
 
-The search runs in a child process of its own session (`tune_worker.py`); this side owns the clock,
-SIGINT, the log and the progress. Whatever happens to the child, what it measured is kept: a child
-that dies or falls silent is replaced, and the kernel it worked on is quarantined.
+The search runs in a child process of its own session: `tune_worker.py` there, `tune_session.py`
+here. It proposes candidates (`tune_kernel.py`) in an order (`tune_order.py`), and each is built
+and timed in a process of its own (`tune_bench.py`, `tune_builder.py`).
 """
 
 from __future__ import annotations
 
-import math
-import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from json import loads
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tvm
-from tvm import relax
-from tvm.s_tir import meta_schedule as ms
-from tvm.s_tir.analysis import estimate_tir_flops
 
 from hone.targets.features import missing
 from hone.targets.schedule.cpu import ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
 
-from . import journal
 from . import progress as progress_module
-from .database import Database, kernels, seconds_of, workload_module
-from .errors import HoneError, InterruptError, OutOfTimeError, UsageError
-from .tune_order import estimate_s
-
-GRACE_S = 0.5
-"""How long after the deadline the child is stopped, whatever it does: it times nothing any more,
-but it may be on its way out. Far below the 5 s or 10% that a session may overrun its budget."""
+from .database import Database
+from .errors import InterruptError, OutOfTimeError, UsageError
+from .tune_session import Session, interrupts, search
+from .tune_tasks import extract
 
 WATCHDOG_S = 45.0
 """A child silent for longer hangs: it speaks after every candidate, and each has a time limit."""
-
-BUILD_TIMEOUT_S = (3.0, 15.0)
-"""Least and most that one candidate's build may take; a tenth of the budget between them. Most
-take 0.1 to 2 s, and the few that unroll everything would otherwise eat a short session."""
-
-RUN_TIMEOUT_S = 10.0
-
-TICK_S = 0.25
-"""How often the progress moves while nothing happens."""
-
-LAST_BREATH_S = 2.0
-"""How long a child that hung up may take to end (a crash writes its traceback first)."""
-
-START_ATTEMPTS = 2
-"""Children that may die before their first kernel; then it is not a kernel's fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,364 +102,6 @@ class TuneResult:
     exhausted: bool
 
 
-@dataclass
-class _Task:
-    """A kernel while the session lasts."""
-
-    name: str
-    calls: int
-    workload: list[Any]
-    module: str
-    untuned_module: str
-    estimate_s: float
-    before_s: float | None
-    best_s: float | None
-    untuned_s: float | None = None
-    trials: int = 0
-    failed: int = 0
-    failure: str = ""
-
-    @property
-    def key(self) -> str:
-        return str(self.workload[0])
-
-
-@dataclass
-class _Session:
-    """The state of one call of `tune`."""
-
-    tasks: list[_Task]
-    database: Database
-    target: Target
-    threads: int
-    seed: int
-    started: float
-    budget_s: float
-    watchdog_s: float
-    log: Callable[[str], None]
-    quarantined: dict[int, str] = field(default_factory=dict)
-    records: int = 0
-    first_record_s: float | None = None
-    exhausted: bool = False
-    current: int | None = None
-
-    @property
-    def deadline(self) -> float:
-        return self.started + self.budget_s
-
-    @property
-    def last_call(self) -> float:
-        """When the child is stopped whatever it does."""
-        return self.deadline + GRACE_S
-
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self.started
-
-    def restart(self) -> None:
-        """Forget what the last child was doing."""
-        self.current = None
-
-    def quarantine(self, position: int, reason: str) -> None:
-        self.quarantined[position] = reason
-        self.log(f"quarantined {self.tasks[position].name}: {reason}")
-
-    def take(self, message: dict[str, Any]) -> None:
-        """Write down one message of the child."""
-        kind = message["kind"]
-        if kind == "done":
-            self.exhausted = bool(message["exhausted"])
-            self.current = None
-            return
-        position = int(message["task"])
-        task = self.tasks[position]
-        if kind == "turn":
-            self.current = position
-        elif kind == "record":
-            self.database.add_record(task.workload, message["record"])
-            seconds = seconds_of(message["record"])
-            task.trials += 1
-            self.records += 1
-            task.best_s = min(seconds or math.inf, task.best_s or math.inf)
-            if self.first_record_s is None:
-                self.first_record_s = self.elapsed_s()
-        elif kind == "failed":
-            task.trials += 1
-            task.failed += 1
-            task.failure = str(message["reason"])
-        elif kind == "untuned":
-            seconds = message["seconds"]
-            self.database.add_task(task.key, name=task.name, untuned_s=seconds)
-            if seconds is not None:
-                task.untuned_s = min(seconds, task.untuned_s or math.inf)
-            else:
-                self.log(f"{task.name}: could not be run untuned: {message['reason']}")
-        elif kind == "exhausted" and message["reason"]:
-            self.log(f"{task.name}: only its template was searched: {message['reason']}")
-        elif kind == "quarantine":
-            self.quarantine(position, message["reason"])
-
-    def detail(self) -> str:
-        """Say where the session stands, in a few words."""
-        known = [
-            task.calls * min(task.best_s or math.inf, task.untuned_s or math.inf)
-            for task in self.tasks
-            if task.best_s is not None or task.untuned_s is not None
-        ]
-        trials = sum(task.trials for task in self.tasks)
-        left = max(0.0, self.deadline - time.monotonic())
-        text = f"{trials} trials, {len(known)} of {len(self.tasks)} kernels"
-        if known:
-            text += f", best so far {sum(known) * 1e3:.3g} ms"
-        text += f", {left:.0f} s left"
-        if self.current is not None:
-            text += f", {self.tasks[self.current].name}"
-        return text
-
-    def request(self, folder: str) -> dict[str, Any]:
-        """Return what a new child is told."""
-        return {
-            "target": self.target.llvm(self.threads),
-            "machine": asdict(Machine.of(self.target, self.threads)),
-            "seed": self.seed,
-            "deadline": self.deadline,
-            "batch": _batch(self.budget_s, len(self.tasks)),
-            "folder": folder,
-            "build_timeout_s": min(max(self.budget_s / 10, BUILD_TIMEOUT_S[0]), BUILD_TIMEOUT_S[1]),
-            "run_timeout_s": RUN_TIMEOUT_S,
-            "tasks": [
-                {
-                    "name": task.name,
-                    "module": task.module,
-                    "untuned": task.untuned_module,
-                    "calls": task.calls,
-                    "estimate_s": task.estimate_s,
-                    "records": self.database.records(task.key),
-                    "quarantined": position in self.quarantined,
-                }
-                for position, task in enumerate(self.tasks)
-            ],
-        }
-
-
-def _batch(budget_s: float, tasks: int) -> int:
-    """Return candidates per turn: fewer when many kernels share little time (4 to 16)."""
-    return max(4, min(16, round(budget_s / max(tasks, 1))))
-
-
-def _calls(module: tvm.IRModule) -> dict[str, int]:
-    """Count how often the Relax functions of a module call each TIR function."""
-    counts: dict[str, int] = {}
-
-    def visit(expression: relax.Expr) -> None:
-        if isinstance(expression, relax.Call) and expression.args:
-            callee = expression.args[0]
-            if isinstance(callee, tvm.ir.GlobalVar):
-                counts[callee.name_hint] = counts.get(callee.name_hint, 0) + 1
-
-    for func in module.functions.values():
-        if isinstance(func, relax.Function):
-            relax.analysis.post_order_visit(func, visit)
-    return counts
-
-
-def _moved_bytes(workload: tvm.IRModule) -> float:
-    total = 0
-    for info in ms.arg_info.ArgInfo.from_entry_func(workload):
-        elements = math.prod(int(extent) for extent in info.shape)
-        total += elements * tvm.runtime.DataType(str(info.dtype)).itemsize
-    return float(total)
-
-
-def _extract(
-    module: tvm.IRModule,
-    database: Database,
-    untuned: Callable[[tvm.IRModule], tvm.IRModule],
-    names: Collection[str] | None,
-) -> list[_Task]:
-    functions = kernels(module)
-    if names is not None:
-        unknown = sorted(set(names) - set(functions))
-        if unknown:
-            raise UsageError(
-                f"there is no kernel {', '.join(map(repr, unknown))} to tune.",
-                hint=f"the module has {', '.join(functions) or 'none'}.",
-            )
-        functions = {name: func for name, func in functions.items() if name in names}
-    calls = _calls(module)
-    found: dict[str, _Task] = {}
-    for name, func in functions.items():
-        workload = workload_module(func)
-        filed = ms.database.Workload(workload).as_json()
-        filed = [str(filed[0]), str(filed[1])]
-        if filed[0] in found:
-            found[filed[0]].calls += calls.get(name, 1)
-            continue
-        records = database.records(filed[0])
-        before_s = seconds_of(records[0]) if records else None
-        found[filed[0]] = _Task(
-            name=name,
-            calls=calls.get(name, 1),
-            workload=filed,
-            module=tvm.ir.save_json(workload),
-            untuned_module=tvm.ir.save_json(untuned(workload)),
-            estimate_s=estimate_s(estimate_tir_flops(workload), _moved_bytes(workload)),
-            before_s=before_s,
-            best_s=before_s,
-        )
-    return list(found.values())
-
-
-class _Child:
-    """The search process and the pipe to it."""
-
-    def __init__(self, session: _Session, folder: Path) -> None:
-        ours, theirs = socket.socketpair()
-        self._errors = folder / "search.log"
-        environment = {
-            **os.environ,
-            "TVM_NUM_THREADS": str(session.threads),
-            # One thread of numpy keeps the fork server single-threaded.
-            "OPENBLAS_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "passive",
-            "TMPDIR": str(folder),
-        }
-        with self._errors.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-c"),
-                    "from hone.tune_worker import main; main()",
-                    str(theirs.fileno()),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
-                pass_fds=(theirs.fileno(),),
-                env=environment,
-                start_new_session=True,
-            )
-        theirs.close()
-        self.link = Connection(ours.detach())
-        with suppress(ConnectionError):  # a child that is dead already shows in `receive`
-            self.link.send_bytes(journal.dumps(session.request(str(folder))))
-
-    def receive(self) -> dict[str, Any] | None:
-        """Return the next message; None when the child is gone."""
-        try:
-            message: dict[str, Any] = loads(self.link.recv_bytes())
-        except (EOFError, ConnectionError):
-            return None
-        return message
-
-    def acknowledge(self) -> None:
-        """Tell the child that everything it said is on the disk."""
-        with suppress(ConnectionError):
-            self.link.send_bytes(b"{}")
-
-    def kill(self, *, ended: bool) -> str:
-        """End the child and everything it started; return how it had ended by itself.
-
-        Parameters
-        ----------
-        ended : bool
-            Whether it hung up: then the system is about to say how it ended.
-        """
-        if ended:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=LAST_BREATH_S)
-        code = self._process.poll()
-        # The session's group outlives its leader: forked candidates may still be at work.
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        if code is None:
-            return "was stopped"
-        return f"died by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-
-    def complaint(self) -> str:
-        """Return the last line that the child wrote to its log."""
-        lines = self._errors.read_text(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else "it wrote nothing"
-
-
-@contextmanager
-def _interrupts() -> Iterator[Connection | None]:
-    """Turn SIGINT into something to wait for; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield None
-        return
-    ours, theirs = socket.socketpair()
-    waiting = Connection(ours.detach())
-    previous = signal.signal(signal.SIGINT, lambda _signal, _frame: theirs.send(b"\n"))
-    try:
-        yield waiting
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        waiting.close()
-        theirs.close()
-
-
-def _follow(
-    session: _Session, child: _Child, interrupt: Connection | None, show: Callable[[], None]
-) -> str:
-    """Write down what a child says until it ends; return why: done, time, interrupt, hang, died."""
-    heard = time.monotonic()
-    sources: list[Connection] = [child.link] if interrupt is None else [child.link, interrupt]
-    while True:
-        show()
-        ready = wait(sources, timeout=TICK_S)
-        now = time.monotonic()
-        if interrupt is not None and interrupt in ready:
-            return "interrupt"
-        if child.link in ready:
-            heard = now
-            message = child.receive()
-            if message is None:
-                return "died"
-            session.take(message)
-            if message["kind"] == "done":
-                return "done"
-            if message["kind"] == "batch":
-                child.acknowledge()
-        if now >= session.last_call:
-            return "time"
-        if now - heard > session.watchdog_s:
-            return "hang"
-
-
-def _search(
-    session: _Session, folder: Path, interrupt: Connection | None, show: Callable[[], None]
-) -> bool:
-    """Run children until the search is over; return whether the user interrupted it."""
-    false_starts = 0
-    while True:
-        session.restart()
-        child = _Child(session, folder)
-        reason = "failed"
-        try:
-            reason = _follow(session, child, interrupt, show)
-        finally:
-            how = child.kill(ended=reason == "died")
-            # What the child had said before it was stopped is kept.
-            while child.link.poll() and (message := child.receive()) is not None:
-                session.take(message)
-            child.link.close()
-        if reason == "interrupt":
-            return True
-        if reason in ("done", "time") or time.monotonic() >= session.deadline:
-            return False
-        if reason == "hang":
-            how = f"was silent for {session.watchdog_s:g} s"
-        if session.current is None:
-            false_starts += 1
-            if false_starts == START_ATTEMPTS:
-                raise HoneError(
-                    f"the search {how} before it reached the first kernel: {child.complaint()}",
-                    hint="this is a bug in hone; records found before are kept.",
-                )
-            continue
-        session.quarantine(session.current, f"the search {how} while it worked on this kernel")
-
-
 def tune(
     module: tvm.IRModule,
     target: Target,
@@ -563,13 +172,13 @@ def tune(
     with (
         database.writing(),
         tempfile.TemporaryDirectory(prefix="hone-tune-", ignore_cleanup_errors=True) as folder,
-        _interrupts() as interrupt,
+        interrupts() as interrupt,
         progress.task("tuning", total=round(budget_s, 1)) as bar,
     ):
         for warning in database.warnings:
             progress.log(f"warning: {warning}")
-        session = _Session(
-            tasks=_extract(
+        session = Session(
+            tasks=extract(
                 module, database, untuned or ScheduleModule(Machine.of(target, threads)), tasks
             ),
             database=database,
@@ -587,7 +196,7 @@ def tune(
 
         interrupted = False
         if session.tasks:
-            interrupted = _search(session, Path(folder), interrupt, show)
+            interrupted = search(session, Path(folder), interrupt, show)
         else:
             session.exhausted = True
     if interrupted:
@@ -603,7 +212,7 @@ def tune(
     return _result(session)
 
 
-def _nothing_found(session: _Session) -> OutOfTimeError:
+def _nothing_found(session: Session) -> OutOfTimeError:
     reasons = [
         f"{task.name}: all {task.failed} candidates failed, the last one because: {task.failure}"
         for task in session.tasks
@@ -624,7 +233,7 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
 
 
-def _result(session: _Session) -> TuneResult:
+def _result(session: Session) -> TuneResult:
     return TuneResult(
         trials=sum(task.trials for task in session.tasks),
         records=session.records,

@@ -46,7 +46,7 @@ class _Candidate:
         """Return the next message: ``built``, ``timed`` or ``failed``, and its value."""
         try:
             kind, value = self.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -201,11 +201,11 @@ class Search:
 
 
 def main() -> None:
-    """Run the search for the parent, whose pipe is the number given as argument."""
+    """Run the search; the arguments are the number of the pipe and the request's file."""
     die_with_parent()
     faulthandler.enable()
     link = Connection(int(sys.argv[1]))
-    request = json.loads(link.recv_bytes())
+    request = json.loads(Path(sys.argv[2]).read_bytes())
     bench = Bench(
         workers=cores(),
         build_timeout_s=float(request["build_timeout_s"]),

@@ -1,0 +1,310 @@
+"""One tuning session: follows search processes, writes down what they say, replaces the lost.
+
+This side owns the clock, SIGINT and the log. Whatever happens to the child, what it measured is
+kept; the kernel on which it died or fell silent is quarantined.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from hone.targets.schedule.machine import Machine
+from hone.targets.target import Target
+
+from .database import Database, seconds_of
+from .errors import HoneError
+from .tune_child import Child
+from .tune_tasks import Task
+
+GRACE_S = 0.5
+"""How long after the deadline the child is stopped, whatever it does: it times nothing any more,
+but it may be on its way out. Far below the 5 s or 10% that a session may overrun its budget."""
+
+BUILD_TIMEOUT_S = (3.0, 15.0)
+"""Least and most that one candidate's build may take; a tenth of the budget between them. Most
+take 0.1 to 2 s, and the few that unroll everything would otherwise eat a short session."""
+
+RUN_TIMEOUT_S = 10.0
+
+TICK_S = 0.25
+"""How often the progress moves while nothing happens."""
+
+START_ATTEMPTS = 2
+"""Children that may die before their first kernel; then it is not a kernel's fault."""
+
+
+@dataclass
+class Session:
+    """The state of one call of `tune`.
+
+    Parameters
+    ----------
+    tasks : list of Task
+        Kernels; their numbers change.
+    database : Database
+        Open for writing.
+    target : Target
+        What is tuned for.
+    threads : int
+        Threads of each kernel.
+    seed : int
+        Of the search.
+    started : float
+        Monotonic time of the call.
+    budget_s : float
+        Seconds that the session may take.
+    watchdog_s : float
+        Seconds of silence after which a child is replaced.
+    log : callable
+        Says a line to the user.
+    quarantined : dict
+        Position of a kernel to why it was given up.
+    records : int
+        Written so far.
+    first_record_s : float or None
+        Seconds until the first.
+    exhausted : bool
+        Whether the child searched every space to its end.
+    current : int or None
+        The kernel that the child works on.
+    """
+
+    tasks: list[Task]
+    database: Database
+    target: Target
+    threads: int
+    seed: int
+    started: float
+    budget_s: float
+    watchdog_s: float
+    log: Callable[[str], None]
+    quarantined: dict[int, str] = field(default_factory=dict)
+    records: int = 0
+    first_record_s: float | None = None
+    exhausted: bool = False
+    current: int | None = None
+
+    @property
+    def deadline(self) -> float:
+        """Monotonic time at which nothing is timed any more."""
+        return self.started + self.budget_s
+
+    @property
+    def last_call(self) -> float:
+        """When the child is stopped whatever it does."""
+        return self.deadline + GRACE_S
+
+    def elapsed_s(self) -> float:
+        """Return seconds since the call."""
+        return time.monotonic() - self.started
+
+    def restart(self) -> None:
+        """Forget what the last child was doing."""
+        self.current = None
+
+    def quarantine(self, position: int, reason: str) -> None:
+        """Give a kernel up."""
+        self.quarantined[position] = reason
+        self.log(f"quarantined {self.tasks[position].name}: {reason}")
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Write down one message of the child."""
+        kind = message["kind"]
+        if kind == "done":
+            self.exhausted = bool(message["exhausted"])
+            self.current = None
+            return
+        position = int(message["task"])
+        task = self.tasks[position]
+        if kind == "turn":
+            self.current = position
+        elif kind == "record":
+            self.database.add_record(task.workload, message["record"])
+            seconds = seconds_of(message["record"])
+            task.trials += 1
+            self.records += 1
+            task.best_s = min(seconds or math.inf, task.best_s or math.inf)
+            if self.first_record_s is None:
+                self.first_record_s = self.elapsed_s()
+        elif kind == "failed":
+            task.trials += 1
+            task.failed += 1
+            task.failure = str(message["reason"])
+        elif kind == "untuned":
+            seconds = message["seconds"]
+            self.database.add_task(task.key, name=task.name, untuned_s=seconds)
+            if seconds is not None:
+                task.untuned_s = min(seconds, task.untuned_s or math.inf)
+            else:
+                self.log(f"{task.name}: could not be run untuned: {message['reason']}")
+        elif kind == "exhausted" and message["reason"]:
+            self.log(f"{task.name}: only its template was searched: {message['reason']}")
+        elif kind == "quarantine":
+            self.quarantine(position, message["reason"])
+
+    def detail(self) -> str:
+        """Say where the session stands, in a few words."""
+        known = [
+            task.calls * min(task.best_s or math.inf, task.untuned_s or math.inf)
+            for task in self.tasks
+            if task.best_s is not None or task.untuned_s is not None
+        ]
+        trials = sum(task.trials for task in self.tasks)
+        left = max(0.0, self.deadline - time.monotonic())
+        text = f"{trials} trials, {len(known)} of {len(self.tasks)} kernels"
+        if known:
+            text += f", best so far {sum(known) * 1e3:.3g} ms"
+        text += f", {left:.0f} s left"
+        if self.current is not None:
+            text += f", {self.tasks[self.current].name}"
+        return text
+
+    def request(self, folder: Path) -> dict[str, Any]:
+        """Return what a new child is told."""
+        return {
+            "target": self.target.llvm(self.threads),
+            "machine": asdict(Machine.of(self.target, self.threads)),
+            "seed": self.seed,
+            "deadline": self.deadline,
+            "batch": batch_size(self.budget_s, len(self.tasks)),
+            "folder": str(folder),
+            "build_timeout_s": min(max(self.budget_s / 10, BUILD_TIMEOUT_S[0]), BUILD_TIMEOUT_S[1]),
+            "run_timeout_s": RUN_TIMEOUT_S,
+            "tasks": [
+                {
+                    "name": task.name,
+                    "module": task.module,
+                    "untuned": task.untuned_module,
+                    "calls": task.calls,
+                    "estimate_s": task.estimate_s,
+                    "records": self.database.records(task.key),
+                    "quarantined": position in self.quarantined,
+                }
+                for position, task in enumerate(self.tasks)
+            ],
+        }
+
+
+def batch_size(budget_s: float, tasks: int) -> int:
+    """Return candidates per turn, 4 to 16: fewer when many kernels share little time.
+
+    Parameters
+    ----------
+    budget_s : float
+        Seconds of the session.
+    tasks : int
+        Kernels.
+    """
+    return max(4, min(16, round(budget_s / max(tasks, 1))))
+
+
+@contextmanager
+def interrupts() -> Iterator[Connection | None]:
+    """Turn SIGINT into something to wait for; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield None
+        return
+    ours, theirs = socket.socketpair()
+    waiting = Connection(ours.detach())
+    previous = signal.signal(signal.SIGINT, lambda _signal, _frame: theirs.send(b"\n"))
+    try:
+        yield waiting
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        waiting.close()
+        theirs.close()
+
+
+def _follow(
+    session: Session, child: Child, interrupt: Connection | None, show: Callable[[], None]
+) -> str:
+    """Write down what a child says until it ends; return why: done, time, interrupt, hang, died."""
+    heard = time.monotonic()
+    sources: list[Connection] = [child.link] if interrupt is None else [child.link, interrupt]
+    while True:
+        show()
+        ready = wait(sources, timeout=TICK_S)
+        now = time.monotonic()
+        if interrupt is not None and interrupt in ready:
+            return "interrupt"
+        if child.link in ready:
+            heard = now
+            message = child.receive()
+            if message is None:
+                return "died"
+            session.take(message)
+            if message["kind"] == "done":
+                return "done"
+            if message["kind"] == "batch":
+                child.acknowledge()
+        if now >= session.last_call:
+            return "time"
+        if now - heard > session.watchdog_s:
+            return "hang"
+
+
+def search(
+    session: Session, folder: Path, interrupt: Connection | None, show: Callable[[], None]
+) -> bool:
+    """Run children until the search is over.
+
+    Parameters
+    ----------
+    session : Session
+        What to search, and where to write it down.
+    folder : Path
+        For temporary files.
+    interrupt : Connection or None
+        From `interrupts`.
+    show : callable
+        Moves the progress.
+
+    Returns
+    -------
+    bool
+        Whether the user interrupted it.
+
+    Raises
+    ------
+    HoneError
+        If children die before they reach a kernel.
+    """
+    false_starts = 0
+    while True:
+        session.restart()
+        child = Child(session.request(folder), folder, threads=session.threads)
+        ended = False
+        try:
+            reason = _follow(session, child, interrupt, show)
+            ended = reason == "died"
+        finally:
+            how = child.kill(ended=ended)
+        # What the child had said before it was stopped is kept.
+        while child.link.poll() and (message := child.receive()) is not None:
+            session.take(message)
+        child.link.close()
+        if reason == "interrupt":
+            return True
+        if reason in ("done", "time") or time.monotonic() >= session.deadline:
+            return False
+        if reason == "hang":
+            how = f"was silent for {session.watchdog_s:g} s"
+        if session.current is None:
+            false_starts += 1
+            if false_starts == START_ATTEMPTS:
+                raise HoneError(
+                    f"the search {how} before it reached the first kernel: {child.complaint()}",
+                    hint="this is a bug in hone; records found before are kept.",
+                )
+            continue
+        session.quarantine(session.current, f"the search {how} while it worked on this kernel")

@@ -1,0 +1,141 @@
+"""The kernels of a lowered module, as a tuning session keeps track of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.s_tir import meta_schedule as ms
+from tvm.s_tir.analysis import estimate_tir_flops
+
+from .database import Database, kernels, seconds_of, workload_module
+from .errors import UsageError
+from .tune_order import estimate_s
+
+
+@dataclass
+class Task:
+    """A kernel while the session lasts.
+
+    Parameters
+    ----------
+    name : str
+        Its name in the lowered module.
+    calls : int
+        How often the model calls it and its equals.
+    workload : list
+        JSON of MetaSchedule's ``Workload``: hash and module.
+    module, untuned_module : str
+        JSON of the module, unscheduled and as it is without a record.
+    estimate_s : float
+        A guess of its time.
+    before_s, best_s, untuned_s : float or None
+        Seconds of its best record before the session and now, and without a record.
+    trials, failed : int
+        Candidates tried, and how many failed.
+    failure : str
+        Why the last one did.
+    """
+
+    name: str
+    calls: int
+    workload: list[Any]
+    module: str
+    untuned_module: str
+    estimate_s: float
+    before_s: float | None
+    best_s: float | None
+    untuned_s: float | None = None
+    trials: int = 0
+    failed: int = 0
+    failure: str = ""
+
+    @property
+    def key(self) -> str:
+        """MetaSchedule's hash of the kernel."""
+        return str(self.workload[0])
+
+
+def _calls(module: tvm.IRModule) -> dict[str, int]:
+    """Count how often the Relax functions of a module call each TIR function."""
+    counts: dict[str, int] = {}
+
+    def visit(expression: relax.Expr) -> None:
+        if isinstance(expression, relax.Call) and expression.args:
+            callee = expression.args[0]
+            if isinstance(callee, tvm.ir.GlobalVar):
+                counts[callee.name_hint] = counts.get(callee.name_hint, 0) + 1
+
+    for func in module.functions.values():
+        if isinstance(func, relax.Function):
+            relax.analysis.post_order_visit(func, visit)
+    return counts
+
+
+def _moved_bytes(workload: tvm.IRModule) -> float:
+    total = 0
+    for info in ms.arg_info.ArgInfo.from_entry_func(workload):
+        elements = math.prod(int(extent) for extent in info.shape)
+        total += elements * tvm.runtime.DataType(str(info.dtype)).itemsize
+    return float(total)
+
+
+def extract(
+    module: tvm.IRModule,
+    database: Database,
+    untuned: Callable[[tvm.IRModule], tvm.IRModule],
+    names: Collection[str] | None,
+) -> list[Task]:
+    """Return the distinct unscheduled kernels of a module.
+
+    Parameters
+    ----------
+    module : IRModule
+        Lowered.
+    database : Database
+        Says what is known about them.
+    untuned : callable
+        Schedules a workload as it is without a record.
+    names : collection of str or None
+        The kernels to take; all when None.
+
+    Raises
+    ------
+    UsageError
+        If there is no kernel of a given name.
+    """
+    functions = kernels(module)
+    if names is not None:
+        unknown = sorted(set(names) - set(functions))
+        if unknown:
+            raise UsageError(
+                f"there is no kernel {', '.join(map(repr, unknown))} to tune.",
+                hint=f"the module has {', '.join(functions) or 'none'}.",
+            )
+        functions = {name: func for name, func in functions.items() if name in names}
+    calls = _calls(module)
+    found: dict[str, Task] = {}
+    for name, func in functions.items():
+        workload = workload_module(func)
+        filed = ms.database.Workload(workload).as_json()
+        filed = [str(filed[0]), str(filed[1])]
+        if filed[0] in found:
+            found[filed[0]].calls += calls.get(name, 1)
+            continue
+        records = database.records(filed[0])
+        before_s = seconds_of(records[0]) if records else None
+        found[filed[0]] = Task(
+            name=name,
+            calls=calls.get(name, 1),
+            workload=filed,
+            module=tvm.ir.save_json(workload),
+            untuned_module=tvm.ir.save_json(untuned(workload)),
+            estimate_s=estimate_s(estimate_tir_flops(workload), _moved_bytes(workload)),
+            before_s=before_s,
+            best_s=before_s,
+        )
+    return list(found.values())
