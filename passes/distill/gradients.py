@@ -24,6 +24,7 @@ def register() -> None:
         ("relax.erf", _erf),
         ("relax.expand_dims", _same_elements),
         ("relax.nn.gelu", _gelu),
+        ("relax.nn.layer_norm", _layer_norm),
         ("relax.nn.leakyrelu", _leaky_relu),
         ("relax.nn.pad", _pad),
         ("relax.rsqrt", _rsqrt),
@@ -80,6 +81,37 @@ def _gelu(
     bell = op.exp(op.multiply(_like(-0.5, x), op.multiply(x, x)))
     density = op.multiply(_like(1.0 / sqrt(2.0 * pi), x), bell)
     return [op.multiply(output, op.add(distribution, op.multiply(x, density)))]
+
+
+def _layer_norm(
+    _var: relax.Var, call: relax.Call, output: relax.Var, builder: relax.BlockBuilder
+) -> list[relax.Expr]:
+    """Return the gradients of data, gamma and beta.
+
+    With ``n = (x − mean) / sqrt(var + ε)`` and ``h = g · gamma``, means over the normalized axes:
+    ``(h − mean(h) − n · mean(h n)) / sqrt(var + ε)``, and the sums of ``g n`` and of ``g``.
+    """
+    op, emit = relax.op, builder.emit
+    x, gamma, beta = call.args
+    axes = [int(axis) for axis in call.attrs.axes]
+
+    def mean(value: relax.Expr) -> relax.Expr:
+        return emit(op.mean(value, axes, keepdims=True))
+
+    centred = emit(op.subtract(x, mean(x)))
+    variance = mean(op.multiply(centred, centred))
+    epsilon = _like(float(call.attrs.epsilon), x)
+    root = emit(op.sqrt(emit(op.add(variance, epsilon))))
+    normal = emit(op.divide(centred, root))
+    scaled = emit(op.multiply(output, gamma)) if call.attrs.scale else output
+    slope = op.subtract(
+        scaled, op.add(mean(scaled), op.multiply(normal, mean(op.multiply(scaled, normal))))
+    )
+    return [
+        op.divide(slope, root),
+        op.collapse_sum_to(emit(op.multiply(output, normal)), shape_of(gamma)),
+        op.collapse_sum_to(output, shape_of(beta)),
+    ]
 
 
 def _leaky_relu(
