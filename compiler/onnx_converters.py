@@ -126,7 +126,32 @@ def _cumsum(call: Call) -> Any:
     return op.flip(data, axis) if reverse else data
 
 
+def _one_hot(call: Call) -> Any:
+    """``where(indices == arange(depth), on, off)``; indices out of range give a row of off."""
+    depth = call.value(1)
+    if depth is None:
+        return None
+    count = int(depth.reshape(-1)[0])
+    kind = call.dtype()
+    rank = len(call.outputs[0].shape)
+    axis = call.axis(-1, rank=rank)
+    indices = op.expand_dims(call.inputs[0], axis)
+    zero = const(0, kind)
+    wrapped = op.where(op.less(indices, zero), op.add(indices, const(count, kind)), indices)
+    classes = np.arange(count).reshape([count if i == axis else 1 for i in range(rank)])
+    off, on = (op.take(call.inputs[2], const(i, "int64"), 0, mode="clip") for i in (0, 1))
+    return op.where(op.equal(wrapped, const(classes, kind)), on, off)
+
+
 # ---------------------------------------------------------------- elementwise
+
+
+def _elu(call: Call) -> Any:
+    """``max(x, 0) - alpha max(1 - exp(x), 0)``."""
+    x, dtype = call.inputs[0], call.dtype()
+    below = op.nn.relu(op.subtract(const(1, dtype), op.exp(x)))
+    alpha = const(call.attributes.get("alpha", 1.0), dtype)
+    return op.subtract(op.nn.relu(x), op.multiply(alpha, below))
 
 
 def _clip(call: Call) -> Any:
@@ -278,6 +303,7 @@ CONVERTERS: Final[Mapping[str, Converter]] = {
     "CumSum": _cumsum,
     "Dropout": _dropout,
     "Einsum": _einsum,
+    "Elu": _elu,
     "Expand": _expand,
     "Flatten": _reshape,
     "Gather": _gather,
@@ -287,6 +313,7 @@ CONVERTERS: Final[Mapping[str, Converter]] = {
     "Identity": _identity,
     "IsInf": _is_inf,
     "LayerNormalization": _layer_normalization,
+    "OneHot": _one_hot,
     "Pow": _pow,
     "Reshape": _reshape,
     "Resize": resize,

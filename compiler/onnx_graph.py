@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,6 +33,9 @@ _INFERENCE_DATA_ELEMENTS: Final = 4096
 
 _LIKE_FIRST_INPUT: Final = frozenset(("GroupNormalization",))
 """Functions of other operators, for which onnx infers nothing."""
+
+_SHAPE_ONLY: Final = frozenset(("EyeLike", "Shape", "Size"))
+"""Operators that read the shape of their input, not its values."""
 
 _RANDOM: Final = frozenset(
     (
@@ -348,21 +351,40 @@ class _Reader:
     # ------------------------------------------------------------ nodes
 
     def read_nodes(self) -> None:
-        protos = list(self.proto.node)
-        ids = node_ids((n.name, n.op_type, next(iter(n.output), "")) for n in protos)
-        needed = self._needed(protos)
-        for proto, layer, used in zip(protos, ids, needed, strict=True):
-            if used:
-                self._read_node(proto, layer)
+        self._read_all(self.proto.node, {o.name for o in self.proto.output})
 
-    def _needed(self, protos: Sequence[onnx.NodeProto]) -> list[bool]:
-        wanted = {o.name for o in self.proto.output}
-        needed = [False] * len(protos)
-        for index in reversed(range(len(protos))):
-            if wanted.intersection(protos[index].output):
-                needed[index] = True
-                wanted.update(_reads(protos[index]))
-        return needed
+    def _read_all(
+        self, nodes: Iterable[onnx.NodeProto], wanted: set[str], prefix: str = ""
+    ) -> None:
+        protos = list(nodes)
+        ids = node_ids((n.name, n.op_type, next(iter(n.output), "")) for n in protos)
+        needed: list[tuple[onnx.NodeProto, str]] = []
+        for proto, layer in zip(reversed(protos), reversed(ids), strict=True):
+            if wanted.intersection(proto.output):
+                needed.append((_trimmed(proto, wanted), prefix + layer))
+                wanted.update(_reads(proto))
+        for proto, layer in reversed(needed):
+            branch = self._branch(proto)
+            if branch is None:
+                self._read_node(proto, layer)
+            else:
+                self._read_branch(branch, proto, layer)
+
+    def _branch(self, proto: onnx.NodeProto) -> onnx.GraphProto | None:
+        """Return the branch that an If takes, when its condition is known."""
+        if proto.op_type != "If" or proto.domain or proto.input[0] not in self.constants:
+            return None
+        taken = "then_branch" if self.constants[proto.input[0]].any() else "else_branch"
+        return next((a.g for a in proto.attribute if a.name == taken), None)
+
+    def _read_branch(self, branch: onnx.GraphProto, proto: onnx.NodeProto, layer: str) -> None:
+        for tensor in branch.initializer:
+            self._store(tensor, tensor.name, "initializer")
+        self._read_all(branch.node, {o.name for o in branch.output}, prefix=f"{layer}/")
+        for result, name in zip(branch.output, proto.output, strict=False):
+            if name:
+                alias = helper.make_node("Identity", [result.name], [name])
+                self._read_node(alias, f"{layer}/{name}")
 
     def _read_node(self, proto: onnx.NodeProto, layer: str) -> None:
         known = len(self.problems)
@@ -451,7 +473,7 @@ class _Reader:
             for a in proto.attribute
         ):
             return False
-        if proto.op_type in ("Shape", "Size"):
+        if proto.op_type in _SHAPE_ONLY:
             return proto.input[0] in self.values or proto.input[0] in self.constants
         return all(i in self.constants for i in proto.input if i)
 
@@ -506,7 +528,10 @@ class _Reader:
         """Compute a node whose inputs are known; None where onnx's evaluator cannot."""
         from onnx.reference import ReferenceEvaluator
 
-        feeds = {i: self.constants[i] for i in proto.input if i}
+        feeds = {i: self.constants[i] for i in proto.input if i in self.constants}
+        if proto.op_type == "EyeLike":
+            spec = self._spec(proto.input[0])
+            feeds = {spec.name: np.zeros(spec.shape, spec.dtype)}
         outputs = [o for o in proto.output if o]
         graph = helper.make_graph(
             [proto],
@@ -666,6 +691,22 @@ def raise_problems(problems: Sequence[Problem], where: str | None) -> None:
             problems=[str(p) for p in problems],
             where=where,
         )
+
+
+def _trimmed(proto: onnx.NodeProto, wanted: set[str]) -> onnx.NodeProto:
+    """Leave out the outputs that nothing reads, such as a dropout's mask."""
+    if len(proto.output) == 1 or wanted.issuperset(proto.output):
+        return proto
+    if attributes(proto).get("training_mode", 0):
+        return proto  # it is refused for its mode, not for the outputs that this needs
+    kept = [name if name in wanted else "" for name in proto.output]
+    while not kept[-1]:
+        kept.pop()
+    trimmed = onnx.NodeProto()
+    trimmed.CopyFrom(proto)
+    del trimmed.output[:]
+    trimmed.output.extend(kept)
+    return trimmed
 
 
 def _reads(proto: onnx.NodeProto) -> set[str]:

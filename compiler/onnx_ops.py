@@ -141,6 +141,19 @@ def _batch_normalization(node: NodeView) -> str | None:
     return _more_outputs(node)
 
 
+def _pool(node: NodeView) -> str | None:
+    """Refuse windows that lie in the padding: ONNX's shape inference and runtimes differ there."""
+    given, result = _shape(node)[2:], node.output_shape[2:]
+    strides = node.attributes.get("strides", [1] * len(given))
+    begins = [0] * len(given)
+    if node.attributes.get("auto_pad", "NOTSET") == "NOTSET":
+        begins = list(node.attributes.get("pads", begins))[: len(given)]
+    for size, count, stride, begin in zip(given, result, strides, begins, strict=True):
+        if (count - 1) * stride - begin >= size:
+            return "a window that begins in the padding at the end is unsupported, see ceil_mode"
+    return _more_outputs(node)
+
+
 def _dropout(node: NodeView) -> str | None:
     if len(node.inputs) > 2 and node.inputs[2]:
         value = node.values[2]
@@ -219,11 +232,6 @@ def _resize(node: NodeView) -> str | None:
     return None
 
 
-def _eye_like(node: NodeView) -> str | None:
-    wanted = node.attributes.get("dtype")
-    return "another dtype than the input's is unsupported" if wanted else None
-
-
 def _blocked(node: NodeView) -> str | None:
     if node.attributes.get("block_size", 0):
         return "blocked quantization is unsupported"
@@ -231,13 +239,14 @@ def _blocked(node: NodeView) -> str | None:
 
 
 _RULES: Final[Mapping[str, Callable[[NodeView], str | None]]] = {
+    "AveragePool": _pool,
     "BatchNormalization": _batch_normalization,
     "BitShift": _signed,
     "DequantizeLinear": _blocked,
     "Dropout": _dropout,
-    "EyeLike": _eye_like,
     "LayerNormalization": _more_outputs,
-    "MaxPool": _more_outputs,
+    "LpPool": _pool,
+    "MaxPool": _pool,
     "Mod": _mod,
     "Pow": _pow,
     "QuantizeLinear": _blocked,

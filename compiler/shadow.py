@@ -49,8 +49,7 @@ def evaluate(
     )
     machine = relax.VirtualMachine(executable, tvm.cpu())
     feeds = [
-        tvm.runtime.tensor(np.asarray(inputs[p.name], order="C"))
-        for p in module["main"].params
+        tvm.runtime.tensor(np.asarray(inputs[p.name], order="C")) for p in module["main"].params
     ]
     values = [v.numpy() for v in machine["main"](*feeds)]
     count = len(values) - len(names)

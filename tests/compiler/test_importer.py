@@ -697,6 +697,35 @@ def test_training_modes_are_refused():
     )
 
 
+def test_outputs_that_nothing_reads_are_left_out():
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["p", "index"], name="pool", kernel_shape=[2, 2]),
+        helper.make_node("LayerNormalization", ["p", "a"], ["y", "mean", "scale"], name="ln"),
+    ]
+    proto = make(nodes, [info("x", [1, 2, 3, 4])], [info("y", None)], [weight("a", 3)])
+    assert [layer.id for layer in importer.load(proto).layers] == ["pool", "ln"]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_the_branch_of_a_known_condition_is_imported(taken):
+    then = helper.make_graph(
+        [helper.make_node("Add", ["x", "one"], ["t"], name="add")], "then", [], [info("t", [2])],
+        [numpy_helper.from_array(np.float32(1), "one")],
+    )  # fmt: skip
+    other = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["e"], name="neg")], "else", [], [info("e", [2])]
+    )
+    nodes = [
+        helper.make_node("If", ["c"], ["z"], name="if", then_branch=then, else_branch=other),
+        helper.make_node("Relu", ["z"], ["y"], name="relu"),
+    ]
+    condition = numpy_helper.from_array(np.array(taken), "c")
+    model = importer.load(make(nodes, [info("x", [2])], [info("y", None)], [condition]))
+    assert model.layers[0].id == ("if/add" if taken else "if/neg")
+    (y,) = run(model, x=np.array([1, -3], np.float32))
+    np.testing.assert_array_equal(y, [2, 0] if taken else [0, 3])
+
+
 def test_control_flow_is_refused():
     branch = helper.make_graph(
         [helper.make_node("Identity", ["x"], ["b"])], "branch", [], [info("b", [2])]

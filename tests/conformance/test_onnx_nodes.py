@@ -47,6 +47,8 @@ def recorded() -> dict[str, str]:
 
 
 def array(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return np.asarray(value)
     return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
 
 
