@@ -10,9 +10,9 @@ from tvm.s_tir import meta_schedule as ms
 
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, tir_pipeline
 
-from .database import Match, workload_module
 from .errors import HoneError
 from .reason import reason_of
+from .records import Match, workload_module
 
 
 class ReplayError(HoneError):

@@ -26,6 +26,8 @@ from .errors import InterruptError, OutOfTimeError, UsageError
 from .tune_session import Session, interrupts, search
 from .tune_tasks import extract
 
+LONGEST_TEMPORARY_PATH = 48
+
 WATCHDOG_S = 45.0
 """A child silent for longer hangs: it speaks after every candidate, and each has a time limit."""
 
@@ -171,7 +173,7 @@ def tune(
         )
     with (
         database.writing(),
-        tempfile.TemporaryDirectory(prefix="hone-tune-", ignore_cleanup_errors=True) as folder,
+        _temporary_folder() as folder,
         interrupts() as interrupt,
         progress.task("tuning", total=round(budget_s, 1)) as bar,
     ):
@@ -210,6 +212,16 @@ def tune(
     if session.tasks and session.records == 0 and not complete:
         raise _nothing_found(session)
     return _result(session)
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder whose path leaves room for the fork server's socket (108 bytes on Linux)."""
+    place = tempfile.gettempdir()
+    return tempfile.TemporaryDirectory(
+        prefix="hone-tune-",
+        dir=place if len(place) <= LONGEST_TEMPORARY_PATH else "/tmp",
+        ignore_cleanup_errors=True,
+    )
 
 
 def _nothing_found(session: Session) -> OutOfTimeError:

@@ -21,8 +21,9 @@ from typing import Any
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
 
-from .database import Database, seconds_of
+from .database import Database
 from .errors import HoneError
+from .records import seconds_of
 from .tune_child import Child
 from .tune_tasks import Task
 

@@ -12,8 +12,9 @@ from tvm import relax
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.analysis import estimate_tir_flops
 
-from .database import Database, kernels, seconds_of, workload_module
+from .database import Database
 from .errors import UsageError
+from .records import kernels, seconds_of, workload_module
 from .tune_order import estimate_s
 
 

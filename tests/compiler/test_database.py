@@ -14,8 +14,10 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from hone import database as database_module
-from hone.database import Database, kernels, workload_module
+from hone import records
+from hone.database import Database
 from hone.errors import UsageError
+from hone.records import kernels, workload_module
 from hone.targets.target import resolve
 
 THREADS = 2
@@ -112,7 +114,8 @@ def test_lookup_finds_the_record_in_a_fresh_process(
     (tmp_path / "module.json").write_text(tvm.ir.save_json(module))
     code = (
         "import sys, pathlib, tvm\n"
-        "from hone.database import Database, kernels\n"
+        "from hone.database import Database\n"
+        "from hone.records import kernels\n"
         "from hone.targets.target import resolve\n"
         "root = pathlib.Path(sys.argv[1])\n"
         "module = tvm.ir.load_json((root / 'module.json').read_text())\n"
@@ -144,7 +147,7 @@ def test_records_are_those_of_their_target_threads_and_tvm_only(
     assert len(Database(tmp_path, plainer, threads=2)) == 0
     bigger = dataclasses.replace(HOST, cores=HOST.cores + 6, l3_bytes=1, sources=())
     assert len(Database(tmp_path, bigger, threads=2)) == 1
-    monkeypatch.setattr(database_module, "version", lambda _: "9.9")
+    monkeypatch.setattr(records, "version", lambda _: "9.9")
     assert len(Database(tmp_path, HOST, threads=2)) == 0
 
 

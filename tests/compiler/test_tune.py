@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ import tvm
 from tvm import relax
 
 from hone import database as database_module
-from hone.database import Database, kernels
+from hone.database import Database
 from hone.errors import HoneError, InterruptError, OutOfTimeError, UsageError
+from hone.records import kernels
 from hone.targets.target import resolve
 from hone.tune import tune
 
@@ -257,6 +259,24 @@ def test_a_search_that_hangs_is_replaced_and_its_kernel_quarantined(tmp_path: Pa
     assert quarantined.reason == ("the search was silent for 12 s while it worked on this kernel")
     assert not psutil.pid_exists(stopped[0])
     assert result.exhausted
+
+
+def test_tuning_works_when_the_temporary_folder_has_a_long_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The fork server listens on a socket, whose path the system limits to 108 bytes.
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    database = open_database(tmp_path)
+
+    def stop() -> None:
+        if count(database):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptError):
+        tune(tiny(), HOST, threads=1, budget_s=LONG_S, database=database, progress=Watcher(stop))
+    assert len(database) > 0
 
 
 def test_a_session_without_a_record_says_so_and_is_exit_11(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tvm import relax
 from tvm.s_tir import meta_schedule as ms
 
 from hone import tune_kernel
-from hone.database import kernels, workload_module
+from hone.records import kernels, workload_module
 from hone.targets.schedule.cpu import ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import resolve
