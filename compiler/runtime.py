@@ -10,7 +10,8 @@ import os
 import platform
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,7 @@ class Runner:
         machine = runtime.load_library(package.library)["vm_load_executable"]()
         machine["vm_initialization"](_CPU, 0, _POOLED)
         self._main: Callable[..., Any] = machine["main"]
+        self._set_instrument: Callable[[Any], None] = machine["set_instrument"]
         self._staging = tuple(_Staging(spec, runtime) for spec in self._signature.inputs)
         self._runtime = runtime
 
@@ -171,6 +173,29 @@ class Runner:
                 threads.call(main, tensors)
 
         return call
+
+    @contextmanager
+    def instrumented(self, instrument: Callable[..., Any]) -> Iterator[None]:
+        """Let the virtual machine call a function before and after each call that it makes.
+
+        Parameters
+        ----------
+        instrument : callable
+            Is given ``(function, name, before, result, *arguments)``: before the call ``before``
+            is true and ``result`` None.
+
+        Yields
+        ------
+        None
+            Runs within the block are watched.
+        """
+        with self._lock:
+            self._set_instrument(instrument)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._set_instrument(None)
 
     def _collect(self, result: Any) -> dict[str, np.ndarray]:
         """Copy the results: they may be views of weights, of inputs, or of one another."""

@@ -1,0 +1,143 @@
+"""What a kernel does, read off its TIR before it is scheduled: operations, and bytes it touches."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax, s_tir, tirx
+
+from hone.passes.lower.fuse_operators import kernel_layers
+
+from .layer_costs import layer_costs
+from .layer_names import PART
+from .model import Model
+
+# Blocks of multiply-adds over output tiles that are rounded up; see `hone.targets.schedule.cpu`.
+ROUNDED_BLOCKS = ("conv_acc", "mm_acc", "bmm_acc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCost:
+    """The work of one call of a kernel.
+
+    Parameters
+    ----------
+    operations : float
+        Additions, multiplications, comparisons and the like on elements, as TIR writes them: a
+        multiply-add is two, an exponential the polynomial that computes it. What is computed only
+        to round a tile up does not count.
+    touched_bytes : tuple of int
+        For each argument the bytes that are read or written at most: all of it, or fewer where a
+        gather reads a few rows of a table.
+    """
+
+    operations: float
+    touched_bytes: tuple[int, ...]
+
+
+def kernel_costs(lowered: tvm.IRModule, model: Model) -> dict[str, KernelCost]:
+    """Return the cost of every kernel of a lowered module.
+
+    Parameters
+    ----------
+    lowered : IRModule
+        From `hone.pipeline.lower`.
+    model : Model
+        What it was lowered from: its layers say how much of a rounded tile is useful.
+    """
+    macs = {
+        layer.binding: cost.macs
+        for layer, cost in zip(model.layers, layer_costs(model), strict=True)
+    }
+    useful = {
+        kernel: sum(macs.get(name, 0) for name in {name.split(PART)[0] for name in names})
+        for kernel, names in kernel_layers(lowered).items()
+    }
+    calls = _calls(lowered)
+    return {
+        variable.name_hint: _cost(
+            func, most_macs=useful.get(variable.name_hint, 0) // calls.get(variable.name_hint, 1)
+        )
+        for variable, func in lowered.functions.items()
+        if isinstance(func, tirx.PrimFunc)
+    }
+
+
+def _calls(lowered: tvm.IRModule) -> Counter[str]:
+    """Return how often ``main`` calls each kernel."""
+    return Counter(
+        str(binding.value.args[0].name_hint)
+        for block in lowered["main"].body.blocks
+        for binding in block.bindings
+        if isinstance(binding.value, relax.Call)
+        and len(binding.value.args)
+        and isinstance(binding.value.args[0], tvm.ir.GlobalVar)
+    )
+
+
+def _cost(func: tirx.PrimFunc, *, most_macs: int) -> KernelCost:
+    """Count one function.
+
+    Parameters
+    ----------
+    func : PrimFunc
+        Not scheduled.
+    most_macs : int
+        Multiply-adds of its layers, which the rounded tile may exceed; 0 where none are known.
+    """
+    schedule = s_tir.Schedule(tvm.IRModule({"main": func}))
+    func = schedule.mod["main"]
+    operations = float(s_tir.analysis.estimate_tir_flops(schedule.mod))
+    blocks = [
+        schedule.get(block) for block in schedule.get_child_blocks(schedule.get_sblock("root"))
+    ]
+    for block in blocks:
+        if str(block.name_hint).startswith(ROUNDED_BLOCKS):
+            done = _iterations(block)
+            useful = done * _share_read(block, blocks)
+            useful = min(useful, most_macs) if most_macs else useful
+            operations -= 2 * (done - useful)
+    return KernelCost(
+        operations=max(operations, 0.0),
+        touched_bytes=tuple(
+            _touched(parameter, blocks) for parameter in func.params if _is_tensor(parameter)
+        ),
+    )
+
+
+def _iterations(block: tirx.SBlock) -> int:
+    return math.prod(int(variable.dom.extent) for variable in block.iter_vars)
+
+
+def _elements(buffer: tirx.Buffer) -> int:
+    return math.prod(int(extent) for extent in buffer.shape)
+
+
+def _share_read(block: tirx.SBlock, blocks: list[tirx.SBlock]) -> float:
+    """Return how much of a block's result is read by the next one: less than all where it cuts."""
+    result = block.writes[0].source
+    readers = [
+        _iterations(other)
+        for other in blocks
+        if any(region.source.same_as(result) for region in other.reads) and not other.same_as(block)
+    ]
+    return min(1.0, max(readers) / _elements(result)) if readers else 1.0
+
+
+def _is_tensor(parameter: tirx.Var) -> bool:
+    return hasattr(parameter.ty, "shape")
+
+
+def _touched(parameter: tirx.Buffer, blocks: list[tirx.SBlock]) -> int:
+    """Return the bytes of an argument that a kernel can touch with the iterations that it has."""
+    itemsize = tvm.runtime.DataType(str(parameter.dtype)).itemsize
+    accesses = sum(
+        _iterations(block)
+        for block in blocks
+        for region in (*block.reads, *block.writes)
+        if region.source.same_as(parameter)
+    )
+    return min(_elements(parameter), accesses) * itemsize
