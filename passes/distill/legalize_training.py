@@ -44,6 +44,7 @@ class LegalizeTraining:
         own = {
             "relax.nn.conv2d": partial(_legalize_conv2d, self._machine),
             "relax.nn.conv2d_transpose": partial(_legalize_data_gradient, self._machine),
+            "relax.grad.take_backward": _legalize_take_gradient,
         }
         return relax.transform.LegalizeOps(own)(module)
 
@@ -212,3 +213,30 @@ def _correlate(
         ),
         name="weight_gradient",
     )
+
+
+def _legalize_take_gradient(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    """Legalize the gradient of taking one slice, which TVM's own cannot."""
+    gradient, data, index = call.args
+    if shape_of(index) or call.attrs.axis is None:
+        return default_legalization(builder, call)
+    axis = int(call.attrs.axis) % len(shape_of(data))
+    spread = partial(_place_slice, shape=shape_of(data), axis=axis)
+    return builder.call_te(spread, gradient, index, primfunc_name_hint="take_gradient")
+
+
+def _place_slice(
+    gradient: te.Tensor, index: te.Tensor, *, shape: tuple[int, ...], axis: int
+) -> te.Tensor:
+    """Return zeros of a shape with the gradient at one position along an axis."""
+
+    def element(*at: tirx.Var) -> tirx.Expr:
+        position = index[()].astype("int64")
+        position = position + tirx.if_then_else(position < 0, tirx.const(shape[axis], "int64"), 0)
+        return tirx.if_then_else(
+            at[axis].astype("int64") == position,
+            gradient[(*at[:axis], *at[axis + 1 :])],
+            tirx.const(0, gradient.dtype),
+        )
+
+    return te.compute(shape, element, name="take_gradient")

@@ -70,3 +70,23 @@ def test_legalize_gives_tvms_values_and_gradients_when_a_convolution(case: Convo
     for got, want in zip(*results, strict=True):
         # float32 sums of at most 200 products of size 10, in another order.
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(("index", "axis"), [(1, 1), (-1, 2), (0, -3)])
+def test_legalize_places_the_gradient_when_one_slice_is_taken(index: int, axis: int) -> None:
+    x = relax.Var("x", relax.TensorType((2, 3, 4), "float32"))
+    factors = RNG.standard_normal(np.take(np.zeros((2, 3, 4)), index, axis).shape)
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit(relax.op.take(x, relax.const(index, "int64"), axis))
+            y = builder.emit(relax.op.multiply(y, relax.const(factors.astype("float32"))))
+            gv = builder.emit_output(relax.op.sum(y))
+        builder.emit_func_output(gv)
+    module = relax.transform.Gradient("main")(builder.get())
+    module = LegalizeTraining(Machine.of(resolve("host"), 1))(module)
+    machine = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
+    _, (slope,) = machine["main_adjoint"](tvm.runtime.tensor(np.zeros((2, 3, 4), "float32")))
+    want = np.zeros((2, 3, 4))
+    np.moveaxis(want, axis, 0)[index] = factors
+    np.testing.assert_allclose(slope.numpy(), want, rtol=1e-6)
