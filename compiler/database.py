@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -29,6 +30,7 @@ WORKLOADS = "database_workload.json"
 RECORDS = "database_tuning_record.json"
 TASKS = "hone_tasks.json"
 LOCK = "lock"
+SCRATCH = "session"
 
 
 def _is_workload(value: Any) -> bool:
@@ -140,6 +142,25 @@ class Database:
                 yield
             finally:
                 self._appenders = None
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Give the writer a folder for temporary files; what a killed writer left there goes.
+
+        Yields
+        ------
+        Path
+            Empty; removed at the end.
+        """
+        if self._appenders is None:
+            raise RuntimeError("only a writer has a scratch folder: use `with database.writing()`")
+        folder = self.folder / SCRATCH
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _append(self, name: str, value: Any) -> None:
         if self._appenders is None:

@@ -173,7 +173,8 @@ def tune(
         )
     with (
         database.writing(),
-        _temporary_folder() as folder,
+        database.scratch() as folder,
+        _socket_folder() as sockets,
         interrupts() as interrupt,
         progress.task("tuning", total=round(budget_s, 1)) as bar,
     ):
@@ -198,7 +199,7 @@ def tune(
 
         interrupted = False
         if session.tasks:
-            interrupted = search(session, Path(folder), interrupt, show)
+            interrupted = search(session, folder, Path(sockets), interrupt, show)
         else:
             session.exhausted = True
     if interrupted:
@@ -214,7 +215,7 @@ def tune(
     return _result(session)
 
 
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+def _socket_folder() -> tempfile.TemporaryDirectory[str]:
     """Return a folder whose path leaves room for the fork server's socket (108 bytes on Linux)."""
     place = tempfile.gettempdir()
     return tempfile.TemporaryDirectory(

@@ -27,12 +27,16 @@ class Child:
     request : dict
         What to search; JSON-able.
     folder : Path
-        For its log and its temporary files.
+        For the request and its log.
+    sockets : Path
+        For the fork server's socket: a short path.
     threads : int
         Threads that candidates run on.
     """
 
-    def __init__(self, request: dict[str, Any], folder: Path, *, threads: int) -> None:
+    def __init__(
+        self, request: dict[str, Any], folder: Path, sockets: Path, *, threads: int
+    ) -> None:
         ours, theirs = socket.socketpair()
         self._errors = folder / "search.log"
         # A file, not the pipe: a child that never reads must not stop this side.
@@ -44,7 +48,7 @@ class Child:
             # One thread of numpy keeps the fork server single-threaded.
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
-            "TMPDIR": str(folder),
+            "TMPDIR": str(sockets),
         }
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(

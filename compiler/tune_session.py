@@ -255,7 +255,11 @@ def _follow(
 
 
 def search(
-    session: Session, folder: Path, interrupt: Connection | None, show: Callable[[], None]
+    session: Session,
+    folder: Path,
+    sockets: Path,
+    interrupt: Connection | None,
+    show: Callable[[], None],
 ) -> bool:
     """Run children until the search is over.
 
@@ -265,6 +269,8 @@ def search(
         What to search, and where to write it down.
     folder : Path
         For temporary files.
+    sockets : Path
+        The same, with a short path.
     interrupt : Connection or None
         From `interrupts`.
     show : callable
@@ -283,7 +289,7 @@ def search(
     false_starts = 0
     while True:
         session.restart()
-        child = Child(session.request(folder), folder, threads=session.threads)
+        child = Child(session.request(folder), folder, sockets, threads=session.threads)
         ended = False
         try:
             reason = _follow(session, child, interrupt, show)

@@ -200,6 +200,22 @@ def test_writing_fails_when_another_writer_is_at_work(database: Database) -> Non
         pass
 
 
+def test_scratch_folder_is_emptied_of_what_a_killed_writer_left(database: Database) -> None:
+    with (
+        pytest.raises(RuntimeError, match="only a writer has a scratch folder"),
+        database.scratch(),
+    ):
+        pass
+    with database.writing():
+        left = database.folder / database_module.SCRATCH
+        left.mkdir()
+        (left / "0.npz").write_bytes(b"left")
+        with database.scratch() as folder:
+            assert list(folder.iterdir()) == []
+            (folder / "1.npz").write_bytes(b"new")
+        assert not left.exists()
+
+
 def test_adding_outside_of_writing_is_refused(database: Database, module: tvm.IRModule) -> None:
     with pytest.raises(RuntimeError, match="open for reading"):
         database.add_record(*record_of(kernels(module)[FIRST], 1e-3))
