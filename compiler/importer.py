@@ -1,6 +1,6 @@
 """ONNX in: a `Model` with static shapes, or every reason why not, at once.
 
-``load`` goes file → `onnx_file.read` → `onnx_graph.read_graph` (shapes, folding, problems) →
+``load`` goes file → `onnx_file.read` → `onnx_reader.read_graph` (shapes, folding, problems) →
 `relax_builder.build` → `Model`. ``check`` stops before the last two, and never imports TVM.
 """
 
@@ -16,8 +16,9 @@ import onnx
 from .errors import UsageError
 from .model import Model, Origin
 from .onnx_file import OnnxFile, read
-from .onnx_graph import Graph, Problem, fix_shapes, raise_problems, read_graph
+from .onnx_graph import Graph, Problem, fix_shapes, raise_problems
 from .onnx_inline import inline
+from .onnx_reader import read_graph
 from .signature import TensorSpec
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ from .errors import AccuracyError
 from .layer_names import node_ids, part
 from .model import Layer, Model
 from .onnx_file import read
-from .onnx_graph import Graph, read_graph
+from .onnx_graph import Graph
 from .onnx_inline import inline
 from .onnx_ranges import float_types, index_bounds
+from .onnx_reader import read_graph
 from .reference import NotCheckedError, reference
 
 if TYPE_CHECKING:

@@ -266,9 +266,9 @@ def test_shape_arithmetic_is_folded_when_shapes_are_static():
 
 
 def test_large_constants_are_left_to_run_time(monkeypatch):
-    from hone import onnx_graph
+    from hone import onnx_reader
 
-    monkeypatch.setattr(onnx_graph, "FOLD_LIMIT_BYTES", 64)
+    monkeypatch.setattr(onnx_reader, "FOLD_LIMIT_BYTES", 64)
     nodes = [
         helper.make_node("ConstantOfShape", ["s"], ["zeros"], name="zeros"),
         helper.make_node("Add", ["x", "zeros"], ["y"], name="add"),
