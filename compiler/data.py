@@ -103,8 +103,7 @@ def _random(spec: str, signature: Signature, allowed: bool) -> Dataset:
         raise UsageError(
             "random data say nothing about the model's real value ranges and are refused here",
             where=spec,
-            hint="give real samples, or allow random ones by name (--allow-random-calibration, "
-            "allow_random_calibration = true in the recipe)",
+            hint="give real samples; from Python, hone.data.load(..., allow_random=True)",
         )
     text = spec.removeprefix("random:")
     if not (text.isascii() and text.isdigit() and int(text) > 0):

@@ -193,8 +193,7 @@ def test_function_returns_or_yields(tmp_path):
 def test_random_is_refused_unless_asked_for_by_name():
     assert error("random:4") == (
         "random:4: random data say nothing about the model's real value ranges and are refused "
-        "here\n  hint: give real samples, or allow random ones by name "
-        "(--allow-random-calibration, allow_random_calibration = true in the recipe)"
+        "here\n  hint: give real samples; from Python, hone.data.load(..., allow_random=True)"
     )
     first, second = (data.load("random:4", TWO, allow_random=True) for _ in range(2))
     np.testing.assert_array_equal(first.inputs["ids"], second.inputs["ids"])
