@@ -120,7 +120,7 @@ class InProcess:
         return seconds
 
 
-def _bootstrap_median(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+def bootstrap_median(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """Return the 95% percentile interval of the median of ``values``."""
     generator = np.random.default_rng(seed)
     picks = generator.integers(0, len(values), size=(RESAMPLES, len(values)))
@@ -146,14 +146,14 @@ class Measurement:
         return Latency(
             median_ms=float(np.median(samples)),
             p90_ms=float(np.percentile(samples, 90)),
-            ci95_ms=_bootstrap_median(samples),
+            ci95_ms=bootstrap_median(samples),
             samples=len(samples),
         )
 
     def speedup(self, name: str, *, over: str) -> Speedup:
         """Return how many times faster ``name`` is than ``over``."""
         ratios = np.median(self.seconds[over], axis=1) / np.median(self.seconds[name], axis=1)
-        return Speedup(ratio=float(np.median(ratios)), ci95=_bootstrap_median(ratios))
+        return Speedup(ratio=float(np.median(ratios)), ci95=bootstrap_median(ratios))
 
 
 def measure(

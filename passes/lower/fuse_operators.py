@@ -1,18 +1,26 @@
 """Groups elementwise operators with the kernel before them, and notes each kernel's layers.
 
-Runs on legalized modules, before ``FuseTIR`` makes one function of each group. ``FuseOps`` keeps
-the names of inner bindings and drops that of a group's result, so the names are matched against
-the module before it. Numerics: exact.
+Runs on legalized modules, before ``FuseTIR`` makes one function of each group. ``FuseOps`` drops
+the name of a group's result, and makes one function of equal groups, with the names of the first:
+each call is therefore matched against the module before it. Numerics: exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 
 ATTRIBUTE = "hone.kernel_layers"
+
+
+def _bindings(func: relax.Function) -> Iterator[relax.VarBinding]:
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            if isinstance(binding, relax.VarBinding):
+                yield binding
 
 
 def _callee(value: relax.Expr) -> str | None:
@@ -26,20 +34,49 @@ def _callee(value: relax.Expr) -> str | None:
     return None
 
 
-def _calls(func: relax.Function) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Yield ``(binding name, callee, names of the arguments)`` of every call of a function."""
-    for block in func.body.blocks:
-        for binding in block.bindings:
-            if not isinstance(binding, relax.VarBinding):
-                continue
-            callee = _callee(binding.value)
-            if callee is None:
-                continue
-            arguments = binding.value.args
-            if len(arguments) > 1 and isinstance(arguments[1], relax.Tuple):
-                arguments = arguments[1].fields
-            names = tuple(str(a.name) for a in arguments if isinstance(a, relax.Var))
-            yield str(binding.var.name), callee, names
+def _identity(value: object, names: Mapping[str, Hashable]) -> Hashable:
+    """Return what two expressions have in common exactly if they compute the same.
+
+    Parameters
+    ----------
+    value : Expr
+        Of a binding, or an argument of one.
+    names : mapping of str to hashable
+        What variables stand for; others stand for themselves.
+    """
+    if isinstance(value, relax.Var):
+        return names.get(str(value.name), str(value.name))
+    if isinstance(value, tvm.ir.GenericConst):
+        return "constant", value.value.__dlpack_device__(), value.value.data_ptr()
+    if isinstance(value, tvm.ir.GlobalVar):
+        return str(value.name_hint)
+    if isinstance(value, tvm.ir.Op):
+        return str(value.name)
+    if isinstance(value, relax.Tuple):
+        return tuple(_identity(field, names) for field in value.fields)
+    if isinstance(value, relax.TupleGetItem):
+        whole = _identity(value.tuple_value, names)
+        return whole[value.index] if isinstance(whole, tuple) else ("item", value.index, whole)
+    if isinstance(value, relax.Call):
+        return _identity(value.op, names), *(_identity(a, names) for a in value.args)
+    return str(value)
+
+
+class _Origins:
+    """The bindings before fusion, found again by what they compute."""
+
+    def __init__(self, func: relax.Function) -> None:
+        self._known: dict[Hashable, deque[str]] = {}
+        for binding in _bindings(func):
+            found = self._known.setdefault(_identity(binding.value, {}), deque())
+            found.append(str(binding.var.name))
+
+    def name(self, binding: relax.VarBinding, names: Mapping[str, Hashable]) -> Hashable:
+        """Return the binding's name before fusion; what it computes where it had none."""
+        identity = _identity(binding.value, names)
+        found = self._known.get(identity)
+        # Of two that compute the same from the same, each is found once.
+        return (found.popleft() if len(found) > 1 else found[0]) if found else identity
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -54,27 +91,37 @@ class FuseOperators:
         module = tvm.transform.Sequential(
             [transform.AnnotateTIROpPattern(), transform.FoldConstant()]
         )(module)
-        by_use = {
-            (callee, argument): name
-            for name, callee, arguments in _calls(module["main"])
-            for argument in arguments
-        }
         fused = transform.FuseOps()(module)
-        groups: dict[str, list[str]] = {}
-        for variable, func in fused.functions.items():
-            if isinstance(func, tirx.PrimFunc) or variable.name_hint == "main":
-                continue
-            names: list[str] = []
-            for name, callee, arguments in _calls(func):
-                known = [
-                    by_use[callee, a] for a in arguments if a in names and (callee, a) in by_use
-                ]
-                names.append(known[0] if known else name)
-            groups[variable.name_hint] = names
-        table: dict[str, list[str]] = {}
-        for name, callee, _ in _calls(fused["main"]):
-            table.setdefault(callee, []).extend(groups.get(callee, [name]))
-        return fused.with_attr(ATTRIBUTE, table)
+        return fused.with_attr(ATTRIBUTE, _table(module, fused))
+
+
+def _table(before: tvm.IRModule, after: tvm.IRModule) -> dict[str, list[str]]:
+    """Return function → names of the bindings that all its calls compute, in their order."""
+    origins = _Origins(before["main"])
+    functions = {variable.name_hint: func for variable, func in after.functions.items()}
+    table: dict[str, list[str]] = {}
+    names: dict[str, Hashable] = {}
+    for binding in _bindings(after["main"]):
+        callee = _callee(binding.value)
+        group = functions.get(callee)
+        if isinstance(group, relax.Function):
+            inner: dict[str, Hashable] = {
+                str(parameter.name): _identity(argument, names)
+                for parameter, argument in zip(group.params, binding.value.args, strict=True)
+            }
+            computed = []
+            for part in _bindings(group):
+                inner[str(part.var.name)] = name = origins.name(part, inner)
+                if _callee(part.value) is not None:
+                    computed.append(name)
+            names[str(binding.var.name)] = _identity(group.body.body, inner)
+        else:
+            name = origins.name(binding, names)
+            names[str(binding.var.name)] = name
+            computed = [name]
+        if callee is not None:
+            table.setdefault(callee, []).extend(n for n in computed if isinstance(n, str))
+    return table
 
 
 def kernel_layers(module: tvm.IRModule) -> dict[str, tuple[str, ...]]:

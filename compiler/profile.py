@@ -1,0 +1,258 @@
+"""Where the time of a model goes: each kernel timed inside the running model, against a roofline.
+
+Times, calls and bytes come from the running package and need no compiler. Operations, the rule of
+each schedule and the roofline need the lowered module, which only an ONNX model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .kernel_timer import Call, Operand, Timing, Trace, time_calls, trace
+from .measure import bootstrap_median
+from .roofline import Bound, Roofline
+from .runtime import Runner
+
+if TYPE_CHECKING:
+    from .kernel_costs import KernelCost
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelProfile:
+    """One kernel; sums over all its calls in one run.
+
+    Parameters
+    ----------
+    name : str
+        Of the kernel.
+    layers : tuple of str
+        Ids of the layers that it computes.
+    calls : int
+        In one run.
+    time_ms : float
+        Median over runs.
+    share : float
+        Of the run, in [0, 1].
+    dtype : str or None
+        Of its largest weight, else of its largest tensor.
+    weights_bytes : int
+        Constants that it reads, each once.
+    moved_bytes : int
+        Inputs, weights and outputs.
+    operations : float or None
+        Floating point operations; integer ones of a quantized kernel. None for a package.
+    rule : str or None
+        What scheduled it; ``record`` for a tuning record. None for a package.
+    floor_ms : float or None
+        Least time by the roofline.
+    bound : Bound or None
+        What that least time is spent on.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    calls: int
+    time_ms: float
+    share: float
+    dtype: str | None
+    weights_bytes: int
+    moved_bytes: int
+    operations: float | None = None
+    rule: str | None = None
+    floor_ms: float | None = None
+    bound: Bound | None = None
+
+    @property
+    def gflops(self) -> float | None:
+        """Billions of operations in a second; None where they or the time are unknown."""
+        if self.operations is None or not self.time_ms:
+            return None
+        return self.operations / self.time_ms * 1e-6
+
+    @property
+    def roofline(self) -> float | None:
+        """Least possible time over measured time: 1 is as fast as the machine allows."""
+        if self.floor_ms is None or not self.time_ms:
+            return None
+        return self.floor_ms / self.time_ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """All kernels of a model, in the order of execution.
+
+    Parameters
+    ----------
+    kernels : tuple of KernelProfile
+        By their first call.
+    run_ms : float
+        A whole run that nobody watched, median.
+    overhead_ms : float
+        What is left of it without the kernels: the virtual machine. Median over rounds.
+    overhead_ci95_ms : tuple of float
+        Bootstrap interval over rounds; where it holds 0, the overhead is lost in noise.
+    timer_ms : float
+        What watching adds to a call; taken off every time above.
+    runs : int
+        Watched runs.
+    threads : int
+        Of a run.
+    weights_bytes : int
+        Constants of all kernels.
+    storage_bytes : int
+        That activations share, as planned at compile time.
+    roofline : Roofline or None
+        What the machine can do at most.
+    """
+
+    kernels: tuple[KernelProfile, ...]
+    run_ms: float
+    overhead_ms: float
+    overhead_ci95_ms: tuple[float, float]
+    timer_ms: float
+    runs: int
+    threads: int
+    weights_bytes: int
+    storage_bytes: int
+    roofline: Roofline | None
+
+    @property
+    def overhead_known(self) -> bool:
+        """Whether the overhead can be told from noise."""
+        return self.overhead_ci95_ms[0] > 0
+
+
+def profile(
+    runner: Runner,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    seconds: float = 2.0,
+    costs: Mapping[str, KernelCost] | None = None,
+    rules: Mapping[str, str] | None = None,
+    roofline: Roofline | None = None,
+    on_round: Callable[[int], None] | None = None,
+) -> Profile:
+    """Profile a package.
+
+    Parameters
+    ----------
+    runner : Runner
+        The package.
+    inputs : mapping of str to ndarray
+        Of its signature.
+    seconds : float
+        About how long to measure.
+    costs : mapping of str to KernelCost, optional
+        Of each kernel, from `hone.kernel_costs.kernel_costs`.
+    rules : mapping of str to str, optional
+        What scheduled each kernel.
+    roofline : Roofline, optional
+        Of this machine, for as many threads.
+    on_round : callable, optional
+        Called with the number of rounds done, of `hone.kernel_timer.ROUNDS`.
+
+    Raises
+    ------
+    UsageError
+        The model branches or calls functions of its own.
+    """
+    traced = trace(runner, inputs)
+    timing = time_calls(runner, inputs, traced, seconds=seconds, on_round=on_round)
+    names = tuple(dict.fromkeys(call.name for call in traced.calls if call.is_kernel))
+    columns = {
+        name: [i for i, call in enumerate(traced.calls) if call.name == name] for name in names
+    }
+    times_ms = {
+        name: float(np.median(timing.call_s[:, column].sum(axis=1))) * 1e3
+        for name, column in columns.items()
+    }
+    overheads_ms = _overheads_ms(timing, traced)
+    overhead_ms = float(np.median(overheads_ms))
+    whole_ms = sum(times_ms.values()) + max(overhead_ms, 0.0)
+    weights_bytes = _weights_bytes(traced.calls)
+    kernels = []
+    for name in names:
+        calls = [traced.calls[i] for i in columns[name]]
+        cost = (costs or {}).get(name)
+        moved = [_moved_bytes(call, cost) for call in calls]
+        floor, bound = None, None
+        dtype = _dtype(calls[0].operands)
+        if roofline is not None and cost is not None and dtype is not None:
+            floors = [
+                roofline.floor_s(
+                    dtype=dtype,
+                    operations=cost.operations,
+                    weight_bytes=weights,
+                    activation_bytes=activations,
+                    model_bytes=weights_bytes + traced.storage_bytes,
+                )
+                for weights, activations in moved
+            ]
+            floor, bound = sum(seconds for seconds, _ in floors) * 1e3, max(floors)[1]
+        kernels.append(
+            KernelProfile(
+                name=name,
+                layers=runner.manifest.kernels.get(name, ()),
+                calls=len(calls),
+                time_ms=times_ms[name],
+                share=times_ms[name] / whole_ms if whole_ms else 0.0,
+                dtype=dtype,
+                weights_bytes=_weights_bytes(calls),
+                moved_bytes=sum(map(sum, moved)),
+                operations=None if cost is None else cost.operations * len(calls),
+                rule=(rules or {}).get(name),
+                floor_ms=floor,
+                bound=bound,
+            )
+        )
+    return Profile(
+        kernels=tuple(kernels),
+        run_ms=float(np.median(timing.run_s)) * 1e3,
+        overhead_ms=overhead_ms,
+        overhead_ci95_ms=bootstrap_median(overheads_ms),
+        timer_ms=timing.timer_s * 1e3,
+        runs=len(timing.call_s),
+        threads=runner.threads,
+        weights_bytes=weights_bytes,
+        storage_bytes=traced.storage_bytes,
+        roofline=roofline,
+    )
+
+
+def _overheads_ms(timing: Timing, traced: Trace) -> np.ndarray:
+    """Return ``[rounds]``: unwatched run less the kernels of the watched ones beside it."""
+    kernels = [i for i, call in enumerate(traced.calls) if call.is_kernel]
+    sums = timing.call_s[:, kernels].sum(axis=1)
+    medians = [
+        np.median(sums[timing.watched_rounds == number]) for number in range(len(timing.run_s))
+    ]
+    overheads: np.ndarray = (timing.run_s - np.array(medians)) * 1e3
+    return overheads
+
+
+def _weights_bytes(calls: Sequence[Call]) -> int:
+    weights = {o.address: o.size_bytes for call in calls for o in call.operands if o.weight}
+    return sum(weights.values())
+
+
+def _moved_bytes(call: Call, cost: KernelCost | None) -> tuple[int, int]:
+    """Return the bytes of weights, and of everything else, that one call touches."""
+    limits = cost.touched_bytes if cost is not None else ()
+    if len(limits) != len(call.operands):
+        limits = tuple(operand.size_bytes for operand in call.operands)
+    weights = activations = 0
+    for operand, limit in zip(call.operands, limits, strict=True):
+        touched = min(operand.size_bytes, limit)
+        weights += touched if operand.weight else 0
+        activations += 0 if operand.weight else touched
+    return weights, activations
+
+
+def _dtype(operands: Sequence[Operand]) -> str | None:
+    if not operands:
+        return None
+    return max(operands, key=lambda o: (o.weight, o.size_bytes)).dtype
