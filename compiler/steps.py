@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import tvm
+from tvm import relax
+
 from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.graph.fold_batch_norm import FoldBatchNorm
@@ -73,7 +76,7 @@ def prune(
     pruning = PruneChannels(
         amount=step.amount, norm=step.norm, scope=step.scope, round_to=step.round_to
     )
-    student = apply(model.module, FoldBatchNorm())
+    student = _prepared(model)
     plan = pruning.plan(student)
     skipped = tuple((layer, group.reason) for group in plan.skipped for layer in group.layers)
     if not plan.removed:
@@ -87,7 +90,7 @@ def prune(
         options = step.recover
         result = recover.distill(
             module,
-            apply(teacher.module, FoldBatchNorm()),
+            _prepared(teacher),
             calibration.inputs,
             epochs=options.epochs,
             batch=options.batch,
@@ -99,7 +102,11 @@ def prune(
             progress=progress,
         )
         module = result.module
-        note += f", recovered in {result.steps} steps of {options.batch}"
+        note += (
+            f", recovered in {result.steps} steps of {options.batch}, loss {result.loss_before:.3g}"
+        )
+        note += f" → {result.loss_after:.3g}"
+        note += "".join(f"; {text}" for text in result.notes)
     return Candidate(model=model.with_module(module), skipped=skipped, note=note)
 
 
@@ -132,7 +139,7 @@ def int8(
         A layer of ``skip`` does not exist.
     """
     bindings = [_binding(model, layer) for layer in skip]
-    prepared = model.with_module(apply(model.module, FoldBatchNorm(), ToNHWC()))
+    prepared = model.with_module(apply(_prepared(model), ToNHWC()))
     ranges = calibrate.calibrate(
         prepared, calibration, threads=threads, keep_float=bindings, progress=progress
     )
@@ -155,8 +162,13 @@ def split(model: Model, step: SplitStep) -> Candidate:
     """Split operators into parts with a concatenation behind them."""
     bindings = [_binding(model, layer) for layer in step.layers]
     splitting = SplitOperator(layers=bindings, parts=step.parts, axis=step.axis)
-    module = apply(model.module, FoldBatchNorm(), splitting)
+    module = apply(_prepared(model), splitting)
     return Candidate(model=model.with_module(module))
+
+
+def _prepared(model: Model) -> tvm.IRModule:
+    """Return a model's module with constants evaluated and batch norm folded."""
+    return apply(model.module, relax.transform.FoldConstant(), FoldBatchNorm())
 
 
 def _binding(model: Model, layer: str) -> str:
