@@ -48,11 +48,14 @@ class Assembled:
     ----------
     package : Package
         Ready to save or to run.
+    lowered : IRModule
+        The kernels before they were scheduled.
     scheduled : Scheduled
         The rule of each kernel, and which ones the tuning database covers.
     """
 
     package: Package
+    lowered: tvm.IRModule
     scheduled: pipeline.Scheduled
 
 
@@ -124,7 +127,7 @@ def assemble(
         # Sorting and top-k are calls by name into the runtime's second library.
         needs_runtime_extra=b"tvm.contrib.sort" in library,
     )
-    return Assembled(package=package, scheduled=scheduled)
+    return Assembled(package=package, lowered=lowered, scheduled=scheduled)
 
 
 def reference_runner(

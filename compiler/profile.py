@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .kernel_timer import Call, Operand, Timing, Trace, time_calls, trace
+from .errors import UsageError
+from .kernel_timer import ROUNDS, Call, Operand, Timing, Trace, time_calls, trace
 from .measure import bootstrap_median
-from .roofline import Bound, Roofline
+from .package import Package
+from .progress import Progress, silent
+from .roofline import Bound, Roofline, of_this_machine
 from .runtime import Runner
 
 if TYPE_CHECKING:
+    from .driver import Assembled
     from .kernel_costs import KernelCost
+    from .model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +226,129 @@ def profile(
         storage_bytes=traced.storage_bytes,
         roofline=roofline,
     )
+
+
+def profile_compiled(
+    assembled: Assembled,
+    model: Model,
+    runner: Runner,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    seconds: float,
+    roofline: Roofline | None,
+    on_round: Callable[[int], None] | None = None,
+) -> Profile:
+    """Profile a model that was compiled in this process, about which everything is known.
+
+    Parameters
+    ----------
+    assembled : Assembled
+        From `hone.driver.assemble`.
+    model : Model
+        What it was made of.
+    runner : Runner
+        Its package.
+    inputs, seconds, roofline, on_round
+        As for `profile`.
+    """
+    from .kernel_costs import kernel_costs
+
+    return profile(
+        runner,
+        inputs,
+        seconds=seconds,
+        costs=kernel_costs(assembled.lowered, model),
+        rules={decision.kernel: decision.rule for decision in assembled.scheduled.decisions},
+        roofline=roofline,
+        on_round=on_round,
+    )
+
+
+def profile_model(
+    model: Model, *, threads: int, seconds: float = 2.0, progress: Progress | None = None
+) -> Profile:
+    """Compile a model for this machine, without tuning, and profile it on seeded inputs.
+
+    Parameters
+    ----------
+    model : Model
+        From `hone.load`.
+    threads : int
+        Threads of one run.
+    seconds : float
+        About how long to measure.
+    progress : Progress, optional
+        Where to report.
+
+    Raises
+    ------
+    ToolchainError
+        This machine has no linker.
+    UsageError
+        The model branches.
+    """
+    from hone.targets.target import resolve
+
+    from . import driver, parity, runtime
+
+    progress = progress or silent()
+    target = resolve("host")
+    with progress.task("compile"):
+        assembled = driver.assemble(model, target=target, threads=threads)
+        runner = runtime.load(assembled.package, threads=threads)
+    with progress.task("measure the machine"):
+        roofline, problem = of_this_machine(target, threads=runner.threads)
+    if problem is not None:
+        progress.log(problem)
+    with progress.task("profile", total=ROUNDS) as task:
+        return profile_compiled(
+            assembled,
+            model,
+            runner,
+            parity.random_inputs(model, seed=0),
+            seconds=seconds,
+            roofline=roofline,
+            on_round=task.update,
+        )
+
+
+def profile_package(
+    package: Package,
+    *,
+    threads: int | None = None,
+    seconds: float = 2.0,
+    progress: Progress | None = None,
+) -> Profile:
+    """Profile a package on its golden inputs; no compiler is needed.
+
+    Parameters
+    ----------
+    package : Package
+        With golden samples.
+    threads : int, optional
+        Threads of one run; the package's default.
+    seconds : float
+        About how long to measure.
+    progress : Progress, optional
+        Where to report.
+
+    Raises
+    ------
+    PackageError
+        This machine cannot run it.
+    UsageError
+        It has no golden inputs, or its model branches.
+    """
+    from . import runtime
+
+    runner = runtime.load(package, threads=threads)
+    samples = package.golden()
+    if not samples:
+        raise UsageError(
+            "the package holds no golden inputs to run", hint="profile its ONNX model instead"
+        )
+    with (progress or silent()).task("profile", total=ROUNDS) as task:
+        return profile(runner, samples[0].inputs, seconds=seconds, on_round=task.update)
 
 
 def _overheads_ms(timing: Timing, traced: Trace) -> np.ndarray:
