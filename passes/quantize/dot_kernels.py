@@ -192,11 +192,13 @@ def _pad_rows(data: te.Tensor, window: Window, levels: te.Tensor, run: int) -> t
     run = rounded_up(max(run, (in_width + left + right) * depth), GROUP)
 
     def element(n: tirx.Var, h: tirx.Var, x: tirx.Var) -> Expr:
-        inside = tirx.all(
-            h >= top, h < height + top, x >= left * depth, x < (in_width + left) * depth
-        )
+        zero_point = tirx.Cast(data.dtype, levels[0])
         value = data[n, h - top, x // depth - left, x % depth]
-        return tirx.if_then_else(inside, value, tirx.Cast(data.dtype, levels[0]))
+        # Each bound is marked likely by itself, which is what loop partitioning understands: it
+        # leaves a plain copy between the borders.
+        row = tirx.if_then_else(tirx.likely(x < (in_width + left) * depth), value, zero_point)
+        row = tirx.if_then_else(tirx.likely(x >= left * depth), row, zero_point)
+        return tirx.if_then_else(tirx.all(h >= top, h < height + top), row, zero_point)
 
     return te.compute((batch, height + top + bottom, run), element, name="qconv_pad")
 

@@ -34,6 +34,8 @@ UNROLLED_GROUPS = 8
 # place of one, two of the levels, and a product that waits for its addition.
 WIDENED_REGISTERS = 4
 BYTES_PER_LANE = 4
+# Loops of a padding stage whose rows are runs of bytes: task, image, row, byte.
+JOINED_LOOPS = 4
 
 
 def tile_machine(machine: Machine) -> Machine:
@@ -55,8 +57,10 @@ def _dot(machine: Machine) -> IntegerDot:
 
 
 def _copy_padding(schedule: s_tir.Schedule, machine: Machine, block: SBlockRV, at: LoopRV) -> None:
-    """Compute the padded input inside a task, in vectors of bytes."""
+    """Compute the padded input inside a task: pixels in vectors of bytes, whole rows as copies."""
     schedule.compute_at(block, at, preserve_unit_loops=True)
+    if len(extents(schedule, block)) == JOINED_LOOPS:
+        return
     last = schedule.get_loops(block)[-1]
     lanes = vector_length(int(schedule.get(last).extent), machine.lanes * BYTES_PER_LANE)
     if lanes > 1:
