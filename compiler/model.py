@@ -67,7 +67,8 @@ class Model:
     origin : Origin
         Where it came from.
     layers : tuple of Layer
-        One entry for each ONNX node, in graph order.
+        In graph order, one entry for each ONNX node that computes part of an output; not for those
+        that were folded into constants.
     source : onnx.ModelProto or None
         The ONNX model with the shapes of the signature, for the parity check and the
         onnxruntime baseline. None when it is not kept.

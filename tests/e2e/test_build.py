@@ -98,9 +98,8 @@ def test_build_measures_every_row_and_onnxruntime(built: tuple[Report, Path]) ->
     assert peer.latency_ms is not None
     assert peer.accuracy == report.baseline.accuracy
     assert peer.threads == 2
-    assert report.baselines.onnx.weights_bytes == pytest.approx(
-        report.baseline.weights_bytes, rel=0.1
-    )
+    # 98 026 parameters in float32, and the statistics of batch normalization.
+    assert 98_026 * 4 <= report.baselines.onnx.weights_bytes <= 98_026 * 4 + 4096
     assert any(note.startswith("parity with onnxruntime: equal") for note in report.notes)
 
 
