@@ -56,6 +56,8 @@ class KernelProfile:
         Least time by the roofline.
     bound : Bound or None
         What that least time is spent on.
+    peak : str or None
+        Data type of the peak that the operations are held against.
     """
 
     name: str
@@ -70,6 +72,7 @@ class KernelProfile:
     rule: str | None = None
     floor_ms: float | None = None
     bound: Bound | None = None
+    peak: str | None = None
 
     @property
     def gflops(self) -> float | None:
@@ -184,7 +187,7 @@ def profile(
         calls = [traced.calls[i] for i in columns[name]]
         cost = (costs or {}).get(name)
         moved = [_moved_bytes(call, cost) for call in calls]
-        floor, bound = None, None
+        floor, bound, peak = None, None, None
         dtype = _dtype(calls[0].operands)
         if roofline is not None and cost is not None and dtype is not None:
             floors = [
@@ -198,6 +201,7 @@ def profile(
                 for weights, activations in moved
             ]
             floor, bound = sum(seconds for seconds, _ in floors) * 1e3, max(floors)[1]
+            peak = roofline.peak(dtype)[0]
         kernels.append(
             KernelProfile(
                 name=name,
@@ -212,6 +216,7 @@ def profile(
                 rule=(rules or {}).get(name),
                 floor_ms=floor,
                 bound=bound,
+                peak=peak,
             )
         )
     return Profile(

@@ -13,8 +13,6 @@ from hone.cli.command import verb
 if TYPE_CHECKING:
     from hone.package import Package
 
-ZIP_MAGIC = b"PK\x03\x04"
-
 
 @verb("inspect", example="hone inspect net.onnx --shape 'x:[1,3,224,224]'\nhone inspect net.hone")
 @click.argument("file", type=options.PATH, metavar="MODEL|PACKAGE")
@@ -25,20 +23,12 @@ def inspect(file: Path, shapes: tuple[str, ...], as_json: bool) -> None:
 
     A package needs no compiler for this.
     """
-    if _is_package(file):
+    if options.is_package(file):
         if shapes:
             raise click.UsageError("--shape is for models: the shapes of a package are fixed.")
         _inspect_package(file, as_json)
     else:
         _inspect_model(file, shapes, as_json)
-
-
-def _is_package(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(len(ZIP_MAGIC)) == ZIP_MAGIC or file.suffix == ".hone"
-    except OSError:
-        return file.suffix == ".hone"
 
 
 def _inspect_package(file: Path, as_json: bool) -> None:

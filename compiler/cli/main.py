@@ -25,6 +25,7 @@ VERBS = {
     "verify": "Prove a package: hashes, processor features, golden outputs.",
     "run": "Run a package on inputs.",
     "bench": "Measure models and packages, interleaved with other runtimes.",
+    "profile": "Show where the time of a model goes, kernel by kernel.",
     "report": "Show a build report, convert it, or compare two.",
     "target": "List targets and show their facts.",
     "db": "Look into a tuning database.",

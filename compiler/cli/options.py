@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_ZIP_MAGIC = b"PK\x03\x04"
 _NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
 
 
@@ -46,6 +47,15 @@ def names(*choices: str) -> Callable[[str], tuple[str, ...]]:
 def default_threads() -> int:
     """Return 2, or the cores that this process may use where there are fewer."""
     return min(2, len(os.sched_getaffinity(0)))
+
+
+def is_package(file: Path) -> bool:
+    """Say whether a file is a package, by its content and else by its name."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC or file.suffix == ".hone"
+    except OSError:
+        return file.suffix == ".hone"
 
 
 def read_shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:

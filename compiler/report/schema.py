@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from hone.errors import UsageError
+from hone.roofline import Roofline
 
 if TYPE_CHECKING:
     from hone.measure import Latency as Measured
@@ -93,7 +94,37 @@ class LayerRow(Row):
     latency_ms: Milliseconds | None = Field(default=None, description="of all its calls together")
     share: Fraction | None = Field(default=None, description="of the whole run")
     weights_bytes: Bytes | None = None
-    dtype: str | None = None
+    dtype: str | None = Field(default=None, description="of its weights, else of its tensors")
+    rule: str | None = Field(default=None, description="of its schedule; record: it was tuned")
+    operations: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="of all its calls, a multiply-add being two"
+    )
+    gflops: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="billions of operations in a second"
+    )
+    moved_bytes: Bytes | None = Field(
+        default=None, description="inputs, weights and outputs of all its calls"
+    )
+    roofline: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="least time that the machine allows over measured time"
+    )
+    bound: Literal["compute", "memory"] | None = Field(
+        default=None, description="what that least time is spent on"
+    )
+    peak: str | None = Field(
+        default=None, description="data type of the peak that its operations are held against"
+    )
+
+
+class Totals(Row):
+    """What the kernels of one row do not say one by one."""
+
+    run_ms: Milliseconds = Field(description="a whole run that nobody watched")
+    overhead_ms: float = Field(description="of it outside of kernels; below 0 by noise only")
+    overhead_ci95_ms: tuple[float, float]
+    timer_ms: Milliseconds = Field(description="cost of watching a call, taken off every time")
+    runs: Annotated[int, Field(ge=1)]
+    storage_bytes: Bytes = Field(description="that activations share, as planned")
 
 
 class StepRow(Row):
@@ -121,6 +152,7 @@ class StepRow(Row):
     settings: dict[str, JsonValue] = {}
     skipped: list[Skipped] = []
     layers: list[LayerRow] = []
+    totals: Totals | None = Field(default=None, description="of the kernels in `layers`")
     seconds: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="what the step itself took"
     )
@@ -190,6 +222,9 @@ class Report(Row):
     environment: dict[str, JsonValue]
     commands: list[str] = Field(description="what reproduces this report")
     tuning: Tuning | None = None
+    roofline: Roofline | None = Field(
+        default=None, description="measured limits of the machine, which kernels are held against"
+    )
     notes: list[str] = []
 
     @property

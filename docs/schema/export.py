@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 from hone import manifest, recipe
-from hone.report import bench, schema
+from hone.report import bench, profile, schema
 
 SCHEMAS = {
     "bench.schema.json": bench.json_schema,
     "package.schema.json": manifest.json_schema,
+    "profile.schema.json": profile.json_schema,
     "recipe.schema.json": recipe.json_schema,
     "report.schema.json": schema.json_schema,
 }
