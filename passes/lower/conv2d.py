@@ -8,8 +8,6 @@ Numerics: sums may be taken in another order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,55 +17,8 @@ from tvm import relax, te, tirx
 from hone.targets.schedule.machine import Machine, choose_tile
 
 from .anchors import ANCHOR, default_legalization, through_layout_change
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """The geometry of a convolution or pooling window over NHWC.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Input ``(N, H, W, C)``.
-    taps, strides, dilation : tuple of int
-        ``(height, width)``.
-    padding : tuple of int
-        ``(top, left, bottom, right)``.
-    """
-
-    shape: tuple[int, int, int, int]
-    taps: tuple[int, int]
-    strides: tuple[int, int]
-    dilation: tuple[int, int]
-    padding: tuple[int, int, int, int]
-
-    @classmethod
-    def of(cls, data: relax.Expr, taps: Sequence[int], attrs: tvm.ir.Attrs) -> Window:
-        """Return the window of a convolution or pooling call over NHWC ``data``."""
-        batch, height, width, channels = (int(extent) for extent in data.ty.shape)
-        taps_h, taps_w = (int(x) for x in taps)
-        stride_h, stride_w = (int(x) for x in attrs.strides)
-        dilation_h, dilation_w = (int(x) for x in attrs.dilation)
-        top, left, bottom, right = (int(x) for x in attrs.padding)
-        return cls(
-            shape=(batch, height, width, channels),
-            taps=(taps_h, taps_w),
-            strides=(stride_h, stride_w),
-            dilation=(dilation_h, dilation_w),
-            padding=(top, left, bottom, right),
-        )
-
-    @property
-    def output(self) -> tuple[int, int]:
-        """Output ``(height, width)``: ``(H + pads - dilation (taps - 1) - 1) // stride + 1``."""
-        _, height, width, _ = self.shape
-        top, left, bottom, right = self.padding
-        span_h = self.dilation[0] * (self.taps[0] - 1) + 1
-        span_w = self.dilation[1] * (self.taps[1] - 1) + 1
-        return (
-            (height + top + bottom - span_h) // self.strides[0] + 1,
-            (width + left + right - span_w) // self.strides[1] + 1,
-        )
+from .window import Window as Window
+from .winograd import Transform, choose_transform, transform_weight, winograd_conv2d
 
 
 def pad(
@@ -213,6 +164,35 @@ def pack_conv2d_weight(weight: np.ndarray, tile: int) -> np.ndarray:
     return np.ascontiguousarray(blocked.transpose(0, 2, 3, 4, 1))
 
 
+def _winograd(
+    machine: Machine,
+    bb: relax.BlockBuilder,
+    data: relax.Expr,
+    weight: np.ndarray,
+    window: Window,
+    transform: Transform,
+) -> relax.Expr:
+    channels, _, _, depth = weight.shape
+    height, width = window.output
+    m = transform.tile
+    tiles = window.shape[0] * -(-height // m) * -(-width // m)
+    tile = choose_tile(machine, height=1, width=tiles, channels=channels, depth=depth, taps=1)
+    packed = transform_weight(weight, transform, tile.vectors * machine.lanes)
+    return bb.call_te(
+        partial(
+            winograd_conv2d,
+            window=window,
+            transform=transform,
+            channels=channels,
+            tile_rows=tile.columns,
+        ),
+        data,
+        relax.const(packed),
+        primfunc_name_hint="winograd_conv2d",
+        primfunc_attrs=ANCHOR,
+    )
+
+
 def legalize_conv2d(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     """Legalize one ``relax.nn.conv2d`` call for the machine. See the module."""
     attrs = call.attrs
@@ -231,6 +211,9 @@ def legalize_conv2d(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) 
     window = Window.of(data, (taps_h, taps_w), attrs)
     if int(attrs.groups) == 1:
         height, width = window.output
+        transform = choose_transform(machine, window, channels=channels)
+        if transform is not None:
+            return _winograd(machine, bb, data, values, window, transform)
         tile = choose_tile(
             machine,
             height=height,

@@ -20,6 +20,7 @@ from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
 from .rows import schedule_columns, schedule_rows
 from .window import schedule_window
+from .winograd import schedule_winograd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class Decision:
     kernel : str
         Name of the PrimFunc.
     rule : str
-        ``conv2d``, ``dense``, ``batch_matmul``, ``window``, ``rows``, ``columns``, ``generic``,
+        ``conv2d``, ``dense``, ``batch_matmul``, ``window``, ``winograd``, ``rows``, ``columns``,
+        ``generic``,
         ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
@@ -50,6 +52,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("bmm_acc", "batch_matmul"),
         ("qconv_acc", "dot_conv2d"),
         ("qmm_acc", "dot_dense"),
+        ("wino_acc", "winograd"),
         ("row_total", "rows"),
         ("col_", "columns"),
     ):
@@ -65,7 +68,12 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
     def find(prefix: str) -> SBlockRV | None:
         return next((b for name, b in by_name.items() if name.startswith(prefix)), None)
 
-    whole = {"generic": schedule_generic, "rows": schedule_rows, "columns": schedule_columns}
+    whole = {
+        "generic": schedule_generic,
+        "rows": schedule_rows,
+        "columns": schedule_columns,
+        "winograd": schedule_winograd,
+    }
     if rule in whole:
         whole[rule](schedule, machine)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -198,3 +199,57 @@ def choose_tasks(
     if channel_tiles % threads == 0:
         return 1, threads
     return row_tiles, channel_tiles
+
+
+# Vectors that a transform of one tile and one vector of channels loads, computes and stores,
+# as a multiple of the points of the tile: counted on the generated code of F(4x4).
+TRANSFORM_STEPS = 5
+# Bytes per cycle that all cores together stream from behind their own caches: weights that a
+# network uses once per run come from there. With 12 the model ranks the layers of ResNet-18 as
+# they measure inside the network (docs/performance.md).
+WEIGHT_BYTES_PER_CYCLE = 12
+# How much faster the larger tile must be: its weights are 2.25 times as large.
+LARGE_TILE_GAIN = 1.1
+
+
+@cache
+def choose_winograd(
+    machine: Machine, *, batch: int, height: int, width: int, channels: int, depth: int
+) -> int:
+    """Choose the output tile of a 3x3 convolution of stride 1 with the least modelled cycles.
+
+    Direct, each output pixel takes nine products for each pair of channels; with a tile of
+    ``m x m`` it is ``(m + 2)^2 / m^2``, plus the transforms of each vector of input and output
+    channels, and weights of ``(m + 2)^2 / 9`` the size that are streamed once.
+
+    Parameters
+    ----------
+    machine : Machine
+        Lanes and threads.
+    batch, height, width : int
+        Output images.
+    channels, depth : int
+        Output and input channels.
+
+    Returns
+    -------
+    int
+        m, or 0 for the direct convolution.
+    """
+    per_cycle = machine.lanes * FMA_PER_CYCLE * machine.threads
+    rounded = -(-channels // machine.lanes) * machine.lanes
+    vectors = sum(size // math.gcd(size, machine.lanes) for size in (depth, channels))
+
+    def cycles(products: float, points: int, transforms: int) -> float:
+        stream = points * rounded * depth * 4 / WEIGHT_BYTES_PER_CYCLE
+        return max(products / per_cycle, stream) + transforms / (FMA_PER_CYCLE * machine.threads)
+
+    costs = {0: cycles(batch * height * width * rounded * depth * 9, 9, 0)}
+    for m in (2, 4):
+        tiles = batch * -(-height // m) * -(-width // m)
+        points = (m + 2) ** 2
+        costs[m] = cycles(
+            tiles * points * rounded * depth, points, tiles * vectors * points * TRANSFORM_STEPS
+        )
+    costs[4] *= LARGE_TILE_GAIN
+    return min(costs, key=lambda m: costs[m])

@@ -1,0 +1,125 @@
+"""Schedule of a Winograd convolution: transform, one matrix product for each point, transform.
+
+Three parallel loops. All threads split the tiles of the image alike, so that what a thread reads is
+in its own cache; where the weights are larger than the data, they split the points of the
+transformed tile instead, so that each reads its part of the weights only.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm import s_tir
+
+from .blocks import (
+    MIN_PARALLEL_CYCLES,
+    MIN_PARALLEL_MULTIPLY_ADDS,
+    cycles,
+    extents,
+    leaves,
+    name_of,
+    output_block,
+    parallelize,
+    read_shape,
+    start_sums,
+    vector_length,
+)
+from .machine import Machine, choose_pixels, divisors
+
+
+def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
+    """Schedule the blocks ``wino_rows``, ``wino_in``, ``wino_acc``, ``wino_cols`` and the output.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        Changed in place.
+    machine : Machine
+        Decides tiles and tasks.
+    """
+    blocks = leaves(schedule)
+    by_name = {name_of(schedule, block): block for block in blocks}
+    columns = by_name["wino_cols"]
+    if name_of(schedule, blocks[-1]) == "wino_out":
+        output = blocks[-1]
+    else:
+        schedule.compute_inline(by_name["wino_out"])
+        output = output_block(schedule, columns, leaves(schedule))
+    _schedule_input(schedule, machine)
+    _schedule_products(schedule, machine)
+    side = extents(schedule, columns)[4]
+    n, h, w, k = schedule.get_loops(output)
+    m = side - 2
+    lanes = vector_length(extents(schedule, output)[-1], machine.lanes)
+    h_outer, h_inner = schedule.split(h, [None, m])
+    w_outer, w_inner = schedule.split(w, [None, m])
+    k_outer, k_lane = schedule.split(k, [None, lanes])
+    schedule.reorder(n, h_outer, w_outer, k_outer, h_inner, w_inner, k_lane)
+    tiles = schedule.fuse(n, h_outer, w_outer)
+    schedule.compute_at(columns, k_outer, preserve_unit_loops=True)
+    parallelize(
+        schedule, tiles, work=cycles(schedule, columns, machine.lanes), least=MIN_PARALLEL_CYCLES
+    )
+    *_, i, y, lane = schedule.get_loops(columns)
+    schedule.reorder(y, i)
+    for loop in (i, y, h_inner, w_inner):
+        schedule.unroll(loop)
+    schedule.vectorize(lane)
+    schedule.vectorize(k_lane)
+
+
+def _schedule_input(schedule: s_tir.Schedule, machine: Machine) -> None:
+    points = schedule.get_sblock("wino_in")
+    x, y, p, c = schedule.get_loops(points)
+    lanes = vector_length(extents(schedule, points)[-1], machine.lanes)
+    c_outer, c_lane = schedule.split(c, [None, lanes])
+    schedule.reorder(p, c_outer, x, y, c_lane)
+    rows = schedule.get_sblock("wino_rows")
+    schedule.compute_at(rows, c_outer, preserve_unit_loops=True)
+    parallelize(schedule, p, work=cycles(schedule, rows, machine.lanes), least=MIN_PARALLEL_CYCLES)
+    *_, row, column, lane = schedule.get_loops(rows)
+    schedule.reorder(column, row)
+    for loop in (x, y, row, column):
+        schedule.unroll(loop)
+    schedule.vectorize(lane)
+    schedule.vectorize(c_lane)
+
+
+def _schedule_products(schedule: s_tir.Schedule, machine: Machine) -> None:
+    sums = schedule.get_sblock("wino_acc")
+    stored = schedule.cache_write(sums, 0, "global")
+    x, y, p, k, c = schedule.get_loops(sums)
+    side, _, tiles, channels, depth = extents(schedule, sums)
+    weight = read_shape(schedule, sums, 1)
+    lanes = vector_length(weight[-1], machine.lanes)
+    vectors = weight[-1] // lanes
+    _, rows = choose_pixels(
+        machine, height=1, width=tiles, channels=channels, depth=depth, taps=1, vectors=vectors
+    )
+    p_outer, p_inner = schedule.split(p, [None, rows])
+    k_outer, k_vector, k_lane = schedule.split(k, [None, vectors, lanes])
+    by_points = math.prod(weight) > side * side * tiles * depth
+    parts = 1
+    if not by_points:
+        groups = tiles // rows
+        parts = next((d for d in divisors(groups) if d % machine.threads == 0), 1)
+    p_part, p_block = schedule.split(p_outer, [parts, None])
+    if parts > 1:
+        schedule.reorder(p_part, x, y, k_outer, p_block, c, p_inner, k_vector, k_lane)
+        tasks = p_part
+    else:
+        schedule.reorder(x, y, k_outer, p_part, p_block, c, p_inner, k_vector, k_lane)
+        tasks = schedule.fuse(x, y, k_outer)
+    schedule.reverse_compute_at(stored, p_block, preserve_unit_loops=True)
+    work = side * side * tiles * channels * depth
+    parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
+    outer_loops = len(schedule.get_loops(sums)) - 4
+    schedule.vectorize(k_lane)
+    for loop in (p_inner, k_vector):
+        schedule.unroll(loop)
+    start_sums(schedule, sums, c, outer_loops=outer_loops)
+    copied = schedule.get_loops(stored)[outer_loops:]
+    rest, lane = schedule.split(copied[-1], [None, lanes])
+    schedule.vectorize(lane)
+    for loop in (*copied[:-1], rest):
+        schedule.unroll(loop)
