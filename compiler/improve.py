@@ -22,19 +22,23 @@ from .data import load as load_data
 from .database import Database
 from .errors import OutOfTimeError, UsageError
 from .evaluate import Quality, evaluate
+from .kernel_timer import ROUNDS
 from .manifest import AccuracyEntry
 from .measure import Contender, InProcess, Measurement, Outcome, Rounds, Speedup, measure
 from .model import Model
 from .peers import Peer
+from .profile import Profile, profile_compiled
 from .progress import Progress, silent
 from .recipe import Int8Step, PruneStep, Recipe, SplitStep, TuneStep
 from .reference import reference
 from .report import html
 from .report.schema import Latency, Report, Verdict
 from .report.schema import Peer as PeerRow
+from .roofline import of_this_machine
 from .summary import Judged, Version, summarize
 
 RANDOM_SAMPLES = 8
+PROFILE_S = 0.5
 
 
 def build(recipe: Recipe, *, progress: Progress | None = None) -> Report:
@@ -318,6 +322,7 @@ class _Build:
             kept=kept,
             measured=measured,
             peers=peers,
+            profiled=self._profile(kept),
             notes=self.notes,
         )
         package = kept.assembled.package.with_evidence(
@@ -331,6 +336,28 @@ class _Build:
         report.write(folder / "report.json")
         (folder / "report.html").write_text(html.render(report), encoding="utf-8")
         return report
+
+    def _profile(self, kept: Version) -> Profile | None:
+        """Time the kernels of what the package holds, inside the running model."""
+        if not self.measurable:
+            return None
+        with self.progress.task("profile", total=ROUNDS) as task:
+            limits, problem = of_this_machine(self.target, threads=kept.runner.threads)
+            if problem is not None:
+                self.notes.append(problem)
+            try:
+                return profile_compiled(
+                    kept.assembled,
+                    kept.model,
+                    kept.runner,
+                    self.evaluation.sample(0),
+                    seconds=PROFILE_S,
+                    roofline=limits,
+                    on_round=task.update,
+                )
+            except UsageError as error:
+                self.notes.append(f"kernels are not timed: {error.message}")
+                return None
 
     def _accuracy_entry(self, quality: Quality) -> AccuracyEntry | None:
         if quality.accuracy is not None:

@@ -233,12 +233,12 @@ class Recipe(Section):
     @property
     def model_path(self) -> Path:
         """Where the ONNX file is."""
-        return self._folder / self.model.path
+        return _tidy(self._folder / self.model.path)
 
     @property
     def output_directory(self) -> Path:
         """Where the results go."""
-        return self._folder / self.output.directory
+        return _tidy(self._folder / self.output.directory)
 
     @property
     def package_path(self) -> Path:
@@ -250,7 +250,7 @@ class Recipe(Section):
         """The folder of tuning records."""
         if self.tune.database is None:
             return self.output_directory / "tuning"
-        return self._folder / self.tune.database
+        return _tidy(self._folder / self.tune.database)
 
     @property
     def calibration(self) -> str | None:
@@ -288,6 +288,12 @@ class Recipe(Section):
         if spec is None or spec.startswith("random:"):
             return spec
         return str(self._folder / spec)
+
+
+def _tidy(path: Path) -> Path:
+    """Return a path without ``..`` in it, where that names the same file."""
+    short = Path(os.path.normpath(path))
+    return short if short.resolve() == path.resolve() else path
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -13,7 +13,9 @@ from . import driver, environment, runtime
 from .evaluate import Quality
 from .measure import Measurement, Speedup
 from .model import Model
+from .profile import Profile
 from .recipe import Recipe
+from .report import profile as kernels
 from .report.schema import (
     Baselines,
     Comparison,
@@ -108,6 +110,7 @@ def summarize(
     kept: Version,
     measured: Measurement | None,
     peers: Mapping[str, Peer],
+    profiled: Profile | None,
     notes: Sequence[str],
 ) -> Report:
     """Return the report of a build.
@@ -126,6 +129,8 @@ def summarize(
         All versions and peers in one interleaved run; None without a device.
     peers : mapping of str to Peer
         Other engines, measured in that run.
+    profiled : Profile or None
+        The kernels of what the package holds; None without a device.
     notes : sequence of str
         What else the reader should know.
     """
@@ -139,6 +144,12 @@ def summarize(
             total=len(scheduled.decisions),
             missing=list(scheduled.untuned),
         )
+    steps = [_row(row, measured, has_peer=onnxruntime is not None) for row in rows]
+    if profiled is not None:
+        shipped = [row.version is kept for row in rows].index(True)
+        steps[shipped] = steps[shipped].model_copy(
+            update={"layers": kernels.kernels(profiled), "totals": kernels.totals(profiled)}
+        )
     return Report(
         hone_version=hone.__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -151,7 +162,7 @@ def summarize(
         target=recipe.target.name,
         threads=recipe.target.threads,
         metric=recipe.data.metric,
-        steps=[_row(row, measured, has_peer=onnxruntime is not None) for row in rows],
+        steps=steps,
         baselines=Baselines.model_validate(
             {
                 "onnx": OnnxFile(weights_bytes=model.origin.weights_bytes),
@@ -167,6 +178,7 @@ def summarize(
             f"hone bench {recipe.package_path} {recipe.model_path} --vs onnxruntime",
         ],
         tuning=tuning,
+        roofline=None if profiled is None else profiled.roofline,
         notes=list(notes),
     )
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hone.report import charts, numbers, table
+from hone.report import charts, numbers, profile, table
 from hone.report.schema import Report
 
 
@@ -61,8 +61,12 @@ def render(report: Report) -> str:
         kinds=charts.KINDS,
         has={
             column: any(getattr(layer, column) is not None for layer in report.final.layers)
-            for column in ("dtype", "weights_bytes", "latency_ms", "share")
+            for column in (
+                *("dtype", "rule", "weights_bytes", "moved_bytes", "latency_ms", "share"),
+                *("gflops", "roofline"),
+            )
         },
+        profile=profile,
         created=readable(report.created),
         environment=flatten(report.environment),
         recipe=json.dumps(report.recipe, indent=2, ensure_ascii=False),

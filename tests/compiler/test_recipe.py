@@ -98,7 +98,7 @@ def test_load_reads_every_section(write):
 
 def test_paths_start_from_the_folder_of_the_file(write, tmp_path):
     loaded = recipe.load(write(FULL))
-    assert loaded.model_path == tmp_path / "../net.onnx"
+    assert loaded.model_path == tmp_path.parent / "net.onnx"
     assert loaded.package_path == tmp_path / "out/tiny.hone"
     assert loaded.database_path == tmp_path / "records"
     assert loaded.calibration == str(tmp_path / "calibration.npz")
