@@ -1,13 +1,15 @@
 """Lowers NHWC convolutions to TIR with weights packed for the target.
 
-Rewrites ``relax.nn.conv2d`` in NHWC/OHWI with constant weights: dense ones to weights
-``[ceil(K / tk), R, S, C, tk]`` with zeros in the rounding, depthwise ones to ``[R, S, C]``.
+Rewrites ``relax.nn.conv2d`` in NHWC/OHWI with constant weights: dense and grouped ones to weights
+``[ceil(K / tk), R, S, C / G, tk]`` with zeros in the rounding, depthwise ones to ``[R, S, C]``,
+3x3 ones of stride 1 to Winograd's form where that is modelled faster.
 Everything else keeps TVM's own legalization. Runs after the layout is NHWC and before fusion.
 Numerics: sums may be taken in another order.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
@@ -79,6 +81,7 @@ def conv2d(
     channels: int,
     tile_columns: int,
     channels_first: bool,
+    groups: int = 1,
 ) -> te.Tensor:
     """Return the convolution of NHWC data with packed weights.
 
@@ -87,7 +90,7 @@ def conv2d(
     data : te.Tensor
         ``[N, H, W, C]``, or ``[N, C, H, W]`` with ``channels_first``.
     weight : te.Tensor
-        ``[ceil(K / tk), R, S, C, tk]``.
+        ``[ceil(K / tk), R, S, C / G, tk]``; with groups, tk divides ``K / G``.
     window : Window
         Geometry.
     channels : int
@@ -96,6 +99,8 @@ def conv2d(
         The output width is rounded up to it; the extra columns read zeros and are cut off.
     channels_first : bool
         Read NCHW data directly, which swallows the layout change of a network's input.
+    groups : int
+        G; a tile of output channels lies in one group.
     """
     blocks, taps_h, taps_w, depth, tile = (int(extent) for extent in weight.shape)
     height, width = window.output
@@ -112,6 +117,10 @@ def conv2d(
     r = te.reduce_axis((0, taps_h), "r")
     s = te.reduce_axis((0, taps_w), "s")
     c = te.reduce_axis((0, depth), "c")
+
+    def channel(k: tirx.Var) -> tirx.Expr:
+        return c if groups == 1 else tirx.indexdiv(k, channels // groups) * depth + c
+
     sums = te.compute(
         (window.shape[0], height, rounded, blocks * tile),
         lambda n, h, w, k: te.sum(
@@ -119,7 +128,7 @@ def conv2d(
                 n,
                 h * window.strides[0] + r * window.dilation[0],
                 w * window.strides[1] + s * window.dilation[1],
-                c,
+                channel(k),
             ]
             * weight[k // tile, r, s, c, k % tile],
             axis=[r, s, c],
@@ -193,6 +202,42 @@ def _winograd(
     )
 
 
+def _grouped(
+    machine: Machine,
+    bb: relax.BlockBuilder,
+    data: relax.Expr,
+    weight: np.ndarray,
+    window: Window,
+    *,
+    groups: int,
+) -> relax.Expr:
+    channels, taps_h, taps_w, depth = weight.shape
+    group = channels // groups
+    height, width = window.output
+    chosen = choose_tile(
+        machine, height=height, width=width, channels=group, depth=depth, taps=taps_h * taps_w
+    )
+    # The widest vectors that divide a group, then as many of them as fit the registers.
+    lanes = math.gcd(group, machine.lanes)
+    most = max(chosen.vectors, machine.accumulators // 2 if lanes == 1 else 1)
+    vectors = max(v for v in range(1, most + 1) if group // lanes % v == 0)
+    packed = pack_conv2d_weight(weight, vectors * lanes)
+    return bb.call_te(
+        partial(
+            conv2d,
+            window=window,
+            channels=channels,
+            tile_columns=chosen.columns,
+            channels_first=False,
+            groups=groups,
+        ),
+        data,
+        relax.const(packed),
+        primfunc_name_hint="grouped_conv2d",
+        primfunc_attrs=ANCHOR,
+    )
+
+
 def legalize_conv2d(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     """Legalize one ``relax.nn.conv2d`` call for the machine. See the module."""
     attrs = call.attrs
@@ -246,4 +291,4 @@ def legalize_conv2d(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) 
             primfunc_name_hint="depthwise_conv2d",
             primfunc_attrs=ANCHOR,
         )
-    return default_legalization(bb, call)
+    return _grouped(machine, bb, data, values, window, groups=int(attrs.groups))

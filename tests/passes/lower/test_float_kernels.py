@@ -79,8 +79,11 @@ CONVS = [
     Conv(id="depthwise", x=(1, 19, 13, 11), k=19, groups=19, rule="window"),
     Conv(id="depthwise, stride two, batch", x=(2, 32, 12, 14), k=32, groups=32, strides=(2, 2),
          rule="window"),
-    Conv(id="grouped", x=(1, 6, 8, 7), k=9, groups=3, rule="generic"),
-    Conv(id="depthwise with multiplier", x=(1, 5, 8, 7), k=10, groups=5, rule="generic"),
+    Conv(id="grouped", x=(1, 6, 8, 7), k=9, groups=3),
+    Conv(id="grouped, vectors in a group", x=(3, 24, 9, 7), k=72, groups=2, strides=(2, 2)),
+    Conv(id="grouped, one by one", x=(1, 32, 5, 5), k=32, taps=(1, 1), padding=(0, 0, 0, 0),
+         groups=8),
+    Conv(id="depthwise with multiplier", x=(1, 5, 8, 7), k=10, groups=5),
 ]  # fmt: skip
 
 
