@@ -19,6 +19,7 @@ from hone.passes.graph.fold_batch_norm import FoldBatchNorm
 from hone.passes.lower.fuse_operators import FuseOperators
 from hone.passes.lower.legalize import LegalizeForCPU
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
+from hone.passes.lower.unify_convolutions import UnifyConvolutions
 from hone.targets.schedule.cpu import Decision, ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
@@ -58,6 +59,11 @@ def graph_stages() -> tuple[Stage, ...]:
             name="fold-batch-norm",
             summary="merge batch normalization into the layer before it",
             run=FoldBatchNorm(),
+        ),
+        Stage(
+            name="unify-convolutions",
+            summary="1-D and transposed convolutions as plain 2-D ones",
+            run=UnifyConvolutions(),
         ),
         Stage(
             name="decompose",
