@@ -11,6 +11,7 @@ from hone.cli import options, output
 from hone.cli.command import verb
 
 if TYPE_CHECKING:
+    from hone.layer_costs import LayerCost
     from hone.package import Package
 
 
@@ -71,10 +72,17 @@ def _accuracy(package: Package) -> str:
 
 
 def _inspect_model(file: Path, shapes: tuple[str, ...], as_json: bool) -> None:
+    from hone.activation_memory import activation_bytes
     from hone.importer import load
+    from hone.layer_costs import layer_costs
+    from hone.targets.target import resolve
 
     model = load(file, options.read_shapes(shapes))
     origin = model.origin
+    costs = layer_costs(model)
+    macs = sum(cost.macs for cost in costs)
+    parameters = sum(cost.parameters for cost in costs)
+    activations = activation_bytes(model, resolve("host"), threads=options.default_threads())
     if as_json:
         output.write_json(
             {
@@ -83,8 +91,11 @@ def _inspect_model(file: Path, shapes: tuple[str, ...], as_json: bool) -> None:
                 "sha256": origin.sha256,
                 "opset": origin.opset,
                 "weights_bytes": origin.weights_bytes,
+                "activation_bytes": activations,
+                "macs": macs,
+                "parameters": parameters,
                 **model.signature.to_json(),
-                "layers": [{"id": layer.id, "op_type": layer.op_type} for layer in model.layers],
+                "layers": [_layer(cost) for cost in costs],
             }
         )
         return
@@ -93,12 +104,73 @@ def _inspect_model(file: Path, shapes: tuple[str, ...], as_json: bool) -> None:
             ("model", file),
             ("opset", origin.opset),
             ("weights", output.size(origin.weights_bytes)),
+            ("parameters", output.count(parameters)),
+            ("multiply-adds", output.count(macs)),
+            ("activations", f"{output.size(activations)}, as planned for this machine"),
             ("sha256", origin.sha256),
             *_tensors(model.signature),
         ]
     )
     click.echo()
-    output.table(("layer", "operator"), [(layer.id, layer.op_type) for layer in model.layers])
+    rows = [
+        (
+            cost.id,
+            cost.op_type,
+            _shape(cost),
+            output.count(cost.macs),
+            output.count(cost.parameters),
+            _share(cost.macs, macs),
+        )
+        for cost in costs
+    ]
+    output.table(
+        ("layer", "operator", "result", "multiply-adds", "parameters", "share"),
+        rows,
+        right="   >>>",
+    )
+    click.echo()
+    _show_operators(costs, macs)
+
+
+def _show_operators(costs: tuple[LayerCost, ...], macs: int) -> None:
+    """Print what each kind of operator costs, the largest first."""
+    groups: dict[str, list[LayerCost]] = {}
+    for cost in costs:
+        groups.setdefault(cost.op_type, []).append(cost)
+    rows = [
+        (operator, len(group), sum(c.macs for c in group), sum(c.parameters for c in group))
+        for operator, group in groups.items()
+    ]
+    rows.sort(key=lambda row: (row[2], row[3], row[1]), reverse=True)
+    output.table(
+        ("operator", "layers", "multiply-adds", "parameters", "share"),
+        [
+            (operator, str(layers), output.count(work), output.count(held), _share(work, macs))
+            for operator, layers, work, held in rows
+        ],
+        right=" >>>>",
+    )
+
+
+def _layer(cost: LayerCost) -> dict[str, Any]:
+    return {
+        "id": cost.id,
+        "op_type": cost.op_type,
+        "dtype": cost.dtype,
+        "shape": None if cost.shape is None else list(cost.shape),
+        "macs": cost.macs,
+        "parameters": cost.parameters,
+    }
+
+
+def _shape(cost: LayerCost) -> str:
+    if cost.shape is None:
+        return "-"
+    return f"{cost.dtype}[{', '.join(map(str, cost.shape))}]"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%" if part else "-"
 
 
 def _tensors(signature: Any) -> list[tuple[str, object]]:

@@ -28,7 +28,7 @@ VERBS = {
     "profile": "Show where the time of a model goes, kernel by kernel.",
     "report": "Show a build report, convert it, or compare two.",
     "target": "List targets and show their facts.",
-    "db": "Look into a tuning database.",
+    "db": "Show what a tuning database holds.",
     "passes": "List the passes in the order in which they run.",
     "doctor": "Check what this machine can do, and say what is missing.",
 }

@@ -42,6 +42,18 @@ def size(count: int | None) -> str:
     return size(count)
 
 
+def count(value: int) -> str:
+    """Return a number with three significant digits and k, M or G; ``-`` for none at all."""
+    if not value:
+        return "-"
+    scaled, unit = float(value), ""
+    for larger in ("k", "M", "G", "T"):
+        if scaled < 999.5:
+            break
+        scaled, unit = scaled / 1000, f" {larger}"
+    return f"{scaled:.3g}{unit}" if scaled < 99.95 else f"{scaled:.0f}{unit}"
+
+
 def figure(value: float | None) -> str:
     """Return a number with four significant digits; ``-`` for None."""
     return "-" if value is None else f"{value:.4g}"
