@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from . import driver, environment, importer, onnx_file, parity, runtime
-from .errors import UsageError
+from .errors import ModelError, UsageError
 from .measure import Contender, InProcess, Latency, Rounds, Speedup, measure
 from .model import Model
 from .package import Package
@@ -157,7 +157,11 @@ def _model_of(package: Package, *, near: Path) -> Model | None:
     shapes = {t.name: t.shape for t in package.signature.inputs}
     for folder in dict.fromkeys((near.absolute().parent, Path.cwd())):
         for path in sorted(folder.glob("*.onnx")):
-            if onnx_file.read(path).sha256 == wanted:
+            try:
+                found = onnx_file.read(path).sha256 == wanted
+            except ModelError:
+                continue  # whatever it is, it is not the model that the package was made of
+            if found:
                 return importer.load(path, shapes)
     return None
 

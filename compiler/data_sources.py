@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +29,12 @@ FORMS: Final = (
     "data are x.npz, x.npy, a folder of .npz or .npy files, a folder with test_data_set_*, "
     "file.py:function or random:N"
 )
+
+
+_PICKLE: Final = b"\x80"
+
+_DAMAGED: Final = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises for files that are not whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +91,16 @@ def _existing(path: Path) -> Path:
 def _load(path: Path) -> Any:
     try:
         return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> UsageError:
+    with path.open("rb") as stream:
+        head = stream.read(6)
+    if head and not head.startswith((b"PK", b"\x93NUMPY", _PICKLE)):
+        # numpy takes whatever it does not know for a pickle.
+        return UsageError("this is neither an .npz nor a .npy file", where=str(path))
     if "allow_pickle" in str(error) or "pickled" in str(error):
         return UsageError(
             "it holds Python objects, which are never loaded: unpickling runs code",
@@ -105,7 +119,7 @@ def _npz(path: Path) -> Chunk:
         for key in archive.files:
             try:
                 arrays[key] = archive[key]
-            except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            except _DAMAGED as error:
                 raise _unreadable(path, error) from error
     return Chunk(arrays=arrays, where=str(path))
 
@@ -218,6 +232,16 @@ def _tensors(folder: Path, kind: str, specs: tuple[TensorSpec, ...]) -> dict[str
 def _function(spec: str) -> Iterator[Chunk]:
     file, _, name = spec.rpartition(":")
     path = _existing(Path(file))
+    given = _call(path, name, spec)
+    while True:
+        with redirect_stdout(sys.stderr):  # what a user's code prints is no result of hone's
+            chunk = next(given, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
+def _call(path: Path, name: str, spec: str) -> Iterator[Chunk]:
     function = _load_function(path, name)
     try:
         result = function()
@@ -237,7 +261,7 @@ def _function(spec: str) -> Iterator[Chunk]:
             yield Chunk(arrays={str(k): np.asarray(v) for k, v in item.items()}, where=spec)
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(_raised(error, path), where=spec) from error
 
 
@@ -248,7 +272,7 @@ def _load_function(path: Path, name: str) -> Callable[[], Any]:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(_raised(error, path), where=str(path)) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -261,7 +285,7 @@ def _load_function(path: Path, name: str) -> Callable[[], Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _raised(error: Exception, path: Path) -> str:
+def _raised(error: BaseException, path: Path) -> str:
     """Say what a user's code raised, and in which line of it."""
     line, trace = None, error.__traceback__
     while trace is not None:

@@ -59,8 +59,9 @@ def compile(
     from hone.importer import load
     from hone.progress import console
 
-    if not to.absolute().parent.is_dir():
-        raise click.UsageError(f"The folder of -o {to} does not exist.")
+    options.writable(to, model)
+    if calibration is not None and precision != "int8":
+        raise click.UsageError("--calibration is for --precision int8.")
     package = driver.compile(
         load(model, options.read_shapes(shapes)),
         target=target,

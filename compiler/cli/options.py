@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
+
+from hone.errors import UsageError
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -59,11 +62,57 @@ def is_package(file: Path) -> bool:
 
 
 def read_shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each input that a ``--shape`` names."""
+    """Return the shape of each input that a ``--shape`` names.
+
+    Raises
+    ------
+    UsageError
+        One is not written as a shape, or an input has two of them.
+    """
     from hone.importer import parse_shape
 
-    return dict(map(parse_shape, given))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in map(parse_shape, given):
+        if shapes.setdefault(name, shape) != shape:
+            raise UsageError(
+                f"input {name!r} is given two shapes, {list(shapes[name])} and {list(shape)}",
+                where="--shape",
+            )
+    return shapes
 
+
+def writable(to: Path, *read: Path) -> None:
+    """Check, before any work, that a result can be written where the user wants it.
+
+    Parameters
+    ----------
+    to : Path
+        The file to write.
+    read : Path
+        Files that the verb reads; the result must not take the place of one.
+
+    Raises
+    ------
+    UsageError
+        It cannot be written there, or the verb reads that very file.
+    """
+    if to.is_dir():
+        raise UsageError("this is a folder, required is the name of a file", where=f"-o {to}")
+    if not to.absolute().parent.is_dir():
+        raise UsageError(f"the folder {to.absolute().parent} does not exist", where=f"-o {to}")
+    if any(file.exists() and to.exists() and file.samefile(to) for file in read):
+        raise UsageError("the result would take the place of what is read", where=f"-o {to}")
+    try:
+        if to.is_file():
+            to.open("ab").close()
+        elif not to.exists():
+            tempfile.TemporaryFile(dir=to.absolute().parent).close()
+    except OSError as error:
+        raise UsageError(f"cannot write: {error.strerror}", where=f"-o {to}") from error
+
+
+MOST_THREADS = 1024
+"""More than any processor that hone knows has; a slip of the finger must not start a million."""
 
 DATABASE = Path(".hone", "tuning")
 """Where tuning records go when nothing else is said."""
@@ -88,9 +137,11 @@ target = click.option(
     help="As `hone target list` prints it.",
 )
 
+THREADS = click.IntRange(min=1, max=MOST_THREADS)
+
 threads = click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=THREADS,
     default=default_threads,
     metavar="N",
     show_default="2, or the cores there are",
@@ -99,7 +150,7 @@ threads = click.option(
 
 database = click.option(
     "--database",
-    type=PATH,
+    type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
     help=f"Folder of tuning records; default for tuning: {DATABASE}.",
 )

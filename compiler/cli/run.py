@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     help="in.npz with an array per input, or other samples in the data syntax.",
 )
 @click.option("-o", "--output", "to", type=options.PATH, metavar="OUT.npz", help="All outputs.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Default: the package's.")
+@click.option("--threads", type=options.THREADS, metavar="N", help="Default: the package's.")
 @options.as_json
 def run(package: Path, given: str, to: Path | None, threads: int | None, as_json: bool) -> None:
     """Run a package and write its outputs, or show them in short.
@@ -41,6 +42,8 @@ def run(package: Path, given: str, to: Path | None, threads: int | None, as_json
     """
     from hone import runtime
 
+    if to is not None:
+        options.writable(to, package, Path(given))
     runner = runtime.load(package, threads=threads)
     outputs, samples = _answers(runner, given)
     if to is not None:
@@ -94,7 +97,7 @@ def _exact(runner: Runner, given: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(given, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
         return None  # hone.data says what is wrong with it
     shapes = {spec.name: spec.shape for spec in runner.signature.inputs}
     return arrays if {name: array.shape for name, array in arrays.items()} == shapes else None

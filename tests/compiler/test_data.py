@@ -190,6 +190,36 @@ def test_function_returns_or_yields(tmp_path):
     )
 
 
+def test_what_a_function_prints_goes_to_stderr(tmp_path, capsys):
+    path = tmp_path / "my.py"
+    path.write_text(
+        "import numpy as np\nprint('imported')\n"
+        "def f():\n"
+        "    print('called')\n"
+        "    for i in range(2):\n"
+        "        print('gave', i)\n"
+        "        yield {'x': np.ones((1, 2, 3), np.float32)}\n"
+    )
+    assert len(data.load(f"{path}:f", ONE)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == "imported\ncalled\ngave 0\ngave 1\n"
+
+
+def test_a_function_that_exits_is_an_error(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text("import sys\ndef f():\n    sys.exit(0)\n")
+    assert error(f"{path}:f") == f"{path}:f: it raised SystemExit in line 3: 0"
+
+
+@pytest.mark.parametrize("content", [b"hello world", b"version https://git-lfs"])
+@pytest.mark.parametrize("name", ["d.npz", "d.npy"])
+def test_other_files_are_named_as_such(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert error(str(path)) == f"{path}: this is neither an .npz nor a .npy file"
+
+
 def test_random_is_refused_unless_asked_for_by_name():
     assert error("random:4") == (
         "random:4: random data say nothing about the model's real value ranges and are refused "

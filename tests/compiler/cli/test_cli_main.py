@@ -82,7 +82,7 @@ def test_no_verb_shows_the_help_and_exits_2(run):
         (["buid"], "No such command 'buid'"),
         (["compile", "net.onnx"], "Missing option '-o' / '--output'"),
         (["tune", "net.onnx", "--budget", "soon"], "required is a time such as 60s, 10m or 1h"),
-        (["compile", "n.onnx", "-o", "x", "--threads", "0"], "0 is not in the range x>=1"),
+        (["compile", "n.onnx", "-o", "x", "--threads", "0"], "0 is not in the range 1<=x<=1024"),
         (["bench", "n.hone", "--vs", "ort"], "required are names of onnxruntime, openvino"),
         (["report", "show", "r.json", "-o", "x"], "-o needs one of --html, --md, --junit or"),
     ],

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 import pytest
 
 from hone.cli import options
+from hone.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,24 @@ def test_default_threads_are_at_most_the_cores(monkeypatch):
 
 def test_read_shapes_keeps_colons_in_names():
     assert options.read_shapes(["a:0:[1,3]", "b:[2]"]) == {"a:0": (1, 3), "b": (2,)}
+
+
+def test_read_shapes_refuses_two_shapes_of_one_input():
+    with pytest.raises(UsageError, match=r"input 'a' is given two shapes, \[1, 3\] and \[2, 3\]"):
+        options.read_shapes(["a:[1,3]", "a:[2,3]"])
+    assert options.read_shapes(["a:[1,3]", "a:[1,3]"]) == {"a": (1, 3)}
+
+
+def test_writable_refuses_folders_and_what_the_verb_reads(tmp_path):
+    model = tmp_path / "net.onnx"
+    model.write_text("model")
+    options.writable(tmp_path / "net.hone", model)
+    for to, message in {
+        tmp_path: "this is a folder, required is the name of a file",
+        tmp_path / "no" / "net.hone": f"the folder {tmp_path}/no does not exist",
+        tmp_path / "." / "net.onnx": "the result would take the place of what is read",
+        Path("/proc/net.hone"): "cannot write: No such file or directory",
+    }.items():
+        with pytest.raises(UsageError) as info:
+            options.writable(to, model)
+        assert str(info.value) == f"-o {to}: {message}"

@@ -109,6 +109,18 @@ class TestRun:
             for name, expected in tiny.answers(feeds).items():
                 np.testing.assert_allclose(written[name], expected, rtol=1e-6)
 
+    def test_an_empty_input_file_is_an_error_of_usage(self, run, package_file, tmp_path):
+        given = tmp_path / "in.npz"
+        given.touch()
+        shown = run("run", package_file, "-i", given)
+        assert (shown.code, shown.out) == (2, "")
+        assert shown.err.startswith(f"error: {given}: it cannot be read")
+
+    def test_never_writes_over_its_inputs(self, run, package_file):
+        before = package_file.read_bytes()
+        assert run("run", package_file, "-i", "random:1", "-o", package_file).code == 2
+        assert package_file.read_bytes() == before
+
     def test_joins_the_outputs_of_several_samples(self, run, tiny, package_file, tmp_path):
         out = tmp_path / "out.npz"
         shown = run("run", package_file, "-i", "random:3", "-o", out, "--json")
@@ -191,6 +203,24 @@ class TestCompile:
         shown = run("compile", "net.onnx", "-o", tmp_path / "net.hone")
         assert shown.out.startswith(f"{tmp_path}/net.hone: ")
         assert shown.out.endswith("weights, fp32 for host\n")
+
+    def test_never_writes_over_its_model(self, run, seen, tmp_path):
+        model = tmp_path / "net.onnx"
+        model.write_bytes(b"model")
+        assert run("compile", model, "-o", model).code == 2
+        assert model.read_bytes() == b"model"
+        assert seen == {}
+
+    def test_refuses_calibration_data_that_nothing_uses(self, run, seen, tmp_path):
+        shown = run("compile", "net.onnx", "--calibration", "c.npz", "-o", tmp_path / "net.hone")
+        assert shown.code == 2
+        assert "--calibration is for --precision int8" in shown.err
+        assert seen == {}
+
+    def test_refuses_threads_without_end(self, run, seen, tmp_path):
+        shown = run("compile", "net.onnx", "--threads", "100000", "-o", tmp_path / "net.hone")
+        assert shown.code == 2
+        assert seen == {}
 
     def test_refuses_a_missing_folder_before_any_work(self, run, seen, tmp_path):
         shown = run("compile", "net.onnx", "-o", tmp_path / "no" / "net.hone")
