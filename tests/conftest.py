@@ -12,6 +12,12 @@ import pytest
 import hone  # noqa: F401  (fixes TVM's threads before anything loads TVM)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regen", action="store_true", help="rewrite the reference files instead of comparing"
+    )
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20261121)

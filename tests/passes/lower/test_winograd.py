@@ -1,0 +1,71 @@
+"""Winograd's transforms: exact in exact arithmetic, and how much float32 loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from hone.passes.lower import conv2d as conv2d_module
+from hone.passes.lower.winograd import F2, F4, Transform, transform_weight
+
+RunOp = Callable[..., tuple[np.ndarray, list[str]]]
+
+
+def output_matrix(transform: Transform) -> np.ndarray:
+    """Return ``A^T``: powers of the finite points, and infinity in the last row."""
+    rows = [[point**power for point in transform.finite] for power in range(transform.tile)]
+    last = [[0.0]] * (transform.tile - 1) + [[1.0]]
+    return np.concatenate([rows, last], axis=1)
+
+
+@pytest.mark.parametrize("transform", [F2, F4], ids=["F2", "F4"])
+def test_transforms_give_the_convolution_of_one_tile(
+    transform: Transform, rng: np.random.Generator
+) -> None:
+    data = rng.standard_normal((transform.side, transform.side))
+    taps = rng.standard_normal((3, 3))
+    to_points, weight = np.array(transform.data), transform.weight
+    points = (weight @ taps @ weight.T) * (to_points @ data @ to_points.T)
+    back = output_matrix(transform)
+    exact = sum(
+        taps[r, s] * data[r : r + transform.tile, s : s + transform.tile]
+        for r in range(3)
+        for s in range(3)
+    )
+    np.testing.assert_allclose(back @ points @ back.T, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_are_packed_by_point_and_rounded_with_zeros(rng: np.random.Generator) -> None:
+    weight = rng.standard_normal((5, 3, 3, 2)).astype("float32")
+    packed = transform_weight(weight, F2, 4)
+    assert packed.shape == (4, 4, 2, 2, 4)
+    assert not packed[:, :, 1, :, 1:].any()
+    # The first and last points take the corner taps as they are.
+    np.testing.assert_array_equal(packed[0, 0, 0, :, 3], weight[3, 0, 0])
+    np.testing.assert_array_equal(packed[3, 3, 1, :, 0], weight[4, 2, 2])
+
+
+@pytest.mark.parametrize(("transform", "bound"), [(F2, 1e-6), (F4, 4e-6)], ids=["F2", "F4"])
+def test_error_stays_near_that_of_a_direct_sum_when_layers_are_deep(
+    transform: Transform, bound: float, run_op: RunOp, rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # Measured 3e-7 and 1.4e-6 of the largest output; a direct float32 sum of 9 x 128 terms has
+    # 8e-7. Lavin's points would give 7e-6 for F4.
+    monkeypatch.setattr(conv2d_module, "choose_transform", lambda *_, **__: transform)
+    x = np.maximum(rng.standard_normal((1, 128, 9, 10)), 0).astype("float32")
+    weight = rng.standard_normal((24, 128, 3, 3)).astype("float32")
+    padded = np.pad(x.astype("float64"), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    exact = sum(
+        np.einsum("nchw,kc->nkhw", padded[:, :, r : r + 9, s : s + 10], weight[:, :, r, s])
+        for r in range(3)
+        for s in range(3)
+    )
+    actual, rules = run_op(
+        lambda v: relax.op.nn.conv2d(v, relax.const(weight), padding=(1, 1, 1, 1)), x
+    )
+    assert "winograd" in rules
+    assert np.abs(actual - exact).max() <= bound * np.abs(exact).max()

@@ -1,0 +1,83 @@
+"""The analytic model: what it chooses fits the machine, and divides what it must divide."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from hone.targets.schedule.machine import (
+    Machine,
+    choose_pixels,
+    choose_tasks,
+    choose_tile,
+    choose_winograd,
+)
+
+AVX512 = Machine(lanes=16, accumulators=28, l1_bytes=48 << 10, l2_bytes=1 << 20, threads=2)
+AVX2 = Machine(lanes=8, accumulators=12, l1_bytes=32 << 10, l2_bytes=512 << 10, threads=2)
+NEON = Machine(lanes=4, accumulators=28, l1_bytes=32 << 10, l2_bytes=512 << 10, threads=4)
+
+
+@pytest.mark.parametrize("machine", [AVX512, AVX2, NEON], ids=["avx512", "avx2", "neon"])
+def test_accumulators_of_every_tile_fit_the_registers(machine: Machine) -> None:
+    for height, width, channels, depth, taps in itertools.product(
+        (1, 7, 13), (1, 14, 197), (1, 17, 64, 1000), (1, 3, 256), (1, 9)
+    ):
+        tile = choose_tile(
+            machine, height=height, width=width, channels=channels, depth=depth, taps=taps
+        )
+        assert tile.rows * tile.columns * tile.vectors <= machine.accumulators
+        rounded = -(-width // tile.columns) * tile.columns
+        rows, columns = choose_pixels(
+            machine,
+            height=height,
+            width=rounded,
+            channels=channels,
+            depth=depth,
+            taps=taps,
+            vectors=tile.vectors,
+        )
+        assert height % rows == rounded % columns == 0
+        assert rows * columns * tile.vectors <= machine.accumulators
+
+
+def test_tile_is_14_by_32_when_vectors_have_16_lanes_and_28_sums_fit() -> None:
+    tile = choose_tile(AVX512, height=56, width=56, channels=64, depth=64, taps=9)
+    assert (tile.rows, tile.columns, tile.vectors) == (1, 14, 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_parts_divide_the_tiles_whatever_the_threads(threads: int) -> None:
+    machine = Machine(lanes=8, accumulators=12, l1_bytes=1 << 15, l2_bytes=1 << 19, threads=threads)
+    for rows, channels, weights in itertools.product((1, 7, 56), (1, 6, 16), (1 << 10, 1 << 24)):
+        row_parts, channel_parts = choose_tasks(
+            machine,
+            batch=1,
+            row_tiles=rows,
+            channel_tiles=channels,
+            weight_bytes=weights,
+            input_bytes=1 << 16,
+            row_bytes=1 << 12,
+        )
+        assert rows % row_parts == channels % channel_parts == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "m"), [(56, 64, 4), (28, 128, 4), (14, 256, 2), (7, 512, 2)]
+)
+def test_winograd_tile_is_the_one_measured_best_for_each_stage_of_resnet18(
+    size: int, channels: int, m: int
+) -> None:
+    assert (
+        choose_winograd(AVX512, batch=1, height=size, width=size, channels=channels, depth=channels)
+        == m
+    )
+
+
+def test_convolution_stays_direct_when_there_are_few_input_channels() -> None:
+    assert choose_winograd(AVX512, batch=1, height=112, width=112, channels=32, depth=3) == 0
+
+
+def test_convolution_stays_direct_when_weights_are_read_for_one_pixel() -> None:
+    assert choose_winograd(AVX512, batch=1, height=1, width=1, channels=512, depth=512) == 0
