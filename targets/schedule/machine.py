@@ -35,6 +35,9 @@ class Machine:
         Threads that share a kernel.
     integer_dot : IntegerDot or None
         The instruction that sums products of bytes.
+    pixel_rank, task_rank : int
+        Which of the register tiles, and of the partitions into tasks, is taken: 0 is the best by
+        the model, 1 the next one. Tuning measures them in this order.
     """
 
     lanes: int
@@ -43,6 +46,8 @@ class Machine:
     l2_bytes: int
     threads: int
     integer_dot: IntegerDot | None = None
+    pixel_rank: int = 0
+    task_rank: int = 0
 
     @classmethod
     def of(cls, target: Target, threads: int) -> Machine:
@@ -152,8 +157,7 @@ def choose_pixels(
 
     Both divide the (rounded) output image. See `choose_tile` for the model.
     """
-    best: float | None = None
-    chosen = (1, 1)
+    ranked: list[tuple[float, int, int]] = []
     for columns in divisors(width):
         for rows in divisors(height):
             sums = rows * columns * vectors
@@ -162,9 +166,11 @@ def choose_pixels(
             tile = Tile(rows=rows, columns=columns, vectors=vectors)
             cycles = _cycles(machine, tile, weight_vectors_from_l2=False)
             cost = (height // rows) * (width // columns) * (cycles * depth * taps + sums)
-            if best is None or cost < best:
-                best, chosen = cost, (rows, columns)
-    return chosen
+            ranked.append((cost, columns, rows))
+    if not ranked:
+        return 1, 1
+    _, columns, rows = sorted(ranked)[min(machine.pixel_rank, len(ranked) - 1)]
+    return rows, columns
 
 
 @cache
@@ -181,20 +187,50 @@ def choose_tasks(
     """Choose how many parallel parts the row tiles and the channel tiles are cut into.
 
     Threads share the smaller operand: they split channels where the weights are larger than the
-    input, else rows, in chunks whose input fits an eighth of L2.
+    input, else rows, in chunks whose input fits an eighth of L2. The other partitions that keep
+    all threads busy follow by the bytes that are read: the weights by every row part, the input
+    by every channel part.
 
     Returns
     -------
     tuple of int
         ``(row parts, channel parts)``; each divides its number of tiles.
     """
-    threads = machine.threads
-    if weight_bytes > input_bytes and channel_tiles % threads == 0:
+    best = _first_tasks(
+        machine.threads,
+        batch=batch,
+        row_tiles=row_tiles,
+        channel_tiles=channel_tiles,
+        channels_first=weight_bytes > input_bytes,
+        most_rows=machine.l2_bytes // 8 // max(row_bytes, 1),
+    )
+    if machine.task_rank == 0:
+        return best
+    others = sorted(
+        (weight_bytes * rows + input_bytes * channels, rows * channels, rows, channels)
+        for rows in divisors(row_tiles)
+        for channels in divisors(channel_tiles)
+        if (batch * rows * channels) % machine.threads == 0 and (rows, channels) != best
+    )
+    if not others:
+        return best
+    *_, rows, channels = others[min(machine.task_rank, len(others)) - 1]
+    return rows, channels
+
+
+def _first_tasks(
+    threads: int,
+    *,
+    batch: int,
+    row_tiles: int,
+    channel_tiles: int,
+    channels_first: bool,
+    most_rows: int,
+) -> tuple[int, int]:
+    if channels_first and channel_tiles % threads == 0:
         return 1, threads
     for parts in divisors(row_tiles):
-        if (batch * parts) % threads == 0 and (
-            row_tiles // parts
-        ) * row_bytes <= machine.l2_bytes // 8:
+        if (batch * parts) % threads == 0 and row_tiles // parts <= most_rows:
             return parts, 1
     if channel_tiles % threads == 0:
         return 1, threads

@@ -43,7 +43,8 @@ def schedule_window(
     n, h, w, c, r, s = schedule.get_loops(anchor)
     batch, height, width, channels, taps_h, taps_w = extents(schedule, anchor)
     lanes = vector_length(channels, machine.lanes)
-    columns = max(d for d in divisors(width) if d <= MAX_COLUMNS)
+    tiles = sorted((d for d in divisors(width) if d <= MAX_COLUMNS), reverse=True)
+    columns = tiles[min(machine.pixel_rank, len(tiles) - 1)]
     w_outer, w_inner = schedule.split(w, [None, columns])
     c_outer, c_lane = schedule.split(c, [None, lanes])
     in_height, in_width = read_shape(schedule, anchor, 0)[1:3]

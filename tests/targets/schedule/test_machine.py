@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -81,3 +82,32 @@ def test_convolution_stays_direct_when_there_are_few_input_channels() -> None:
 
 def test_convolution_stays_direct_when_weights_are_read_for_one_pixel() -> None:
     assert choose_winograd(AVX512, batch=1, height=1, width=1, channels=512, depth=512) == 0
+
+
+def test_ranks_give_other_tiles_and_partitions_that_fit_as_well() -> None:
+    tiles, tasks = set(), set()
+    for rank in range(4):
+        machine = replace(AVX512, pixel_rank=rank, task_rank=rank)
+        rows, columns = choose_pixels(
+            machine, height=28, width=28, channels=128, depth=128, taps=9, vectors=2
+        )
+        assert 28 % rows == 28 % columns == 0
+        assert rows * columns * 2 <= machine.accumulators
+        tiles.add((rows, columns))
+        parts = choose_tasks(
+            machine, batch=1, row_tiles=28, channel_tiles=4, weight_bytes=1 << 19,
+            input_bytes=1 << 18, row_bytes=1 << 13,
+        )  # fmt: skip
+        assert parts[0] * parts[1] % machine.threads == 0
+        tasks.add(parts)
+    assert len(tiles) == len(tasks) == 4
+
+
+def test_a_rank_beyond_the_last_choice_is_the_last_choice() -> None:
+    machine = replace(AVX512, pixel_rank=99, task_rank=99)
+    assert choose_pixels(
+        machine, height=1, width=1, channels=16, depth=8, taps=1, vectors=1
+    ) == (1, 1)  # fmt: skip
+    assert choose_tasks(
+        machine, batch=2, row_tiles=1, channel_tiles=1, weight_bytes=1, input_bytes=1, row_bytes=1
+    ) == (1, 1)
