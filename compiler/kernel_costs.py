@@ -133,7 +133,7 @@ def _is_tensor(parameter: tirx.Var) -> bool:
 
 def _touched(parameter: tirx.Buffer, blocks: list[tirx.SBlock]) -> int:
     """Return the bytes of an argument that a kernel can touch with the iterations that it has."""
-    itemsize = tvm.runtime.DataType(str(parameter.dtype)).itemsize
+    itemsize = int(tvm.runtime.DataType(str(parameter.dtype)).itemsize)
     accesses = sum(
         _iterations(block)
         for block in blocks

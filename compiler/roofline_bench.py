@@ -163,7 +163,7 @@ class _Bench:
         self, operands: np.ndarray, step: Callable[[tirx.Expr, tirx.Buffer], tirx.Expr]
     ) -> float:
         """Return how often in a second a step is done for one lane, over all threads."""
-        dtype, lanes = str(operands.dtype), operands.shape[1]
+        dtype, lanes = str(operands.dtype), int(operands.shape[1])
         iterations = STEPS_PER_CALL // self._sums
         vector = f"{dtype}x{lanes}"
         with IRBuilder() as builder:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("file", type=options.PATH, metavar="MODEL|PACKAGE")
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=options.THREADS,
     metavar="N",
     help="Threads of one run; default: 2, or the package's.",
 )

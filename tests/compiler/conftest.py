@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from hone.manifest import ProvenanceEntry, TargetEntry
 from hone.package import Package
 from hone.signature import Signature, TensorSpec
 from hone.targets import features
+
+if TYPE_CHECKING:
+    from hone.driver import Assembled
+    from hone.model import Model
 
 
 class Tiny:
@@ -150,3 +155,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def paper(tiny: Tiny) -> Package:
     """Return a small package whose library is no code."""
     return tiny.pack(b"\x7fELF paper")
+
+
+@pytest.fixture(scope="session")
+def dense() -> tuple[Model, Assembled]:
+    """Return a model of two equal layers, ``relu(x w + b)`` twice, and what it compiles to."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    from hone import driver, importer
+    from hone.targets.target import resolve
+
+    generator = np.random.default_rng(7)
+    nodes, weights = [], []
+    for name, given in (("first", "x"), ("second", "first_out")):
+        for suffix, shape in (("w", (5, 5)), ("b", (5,))):
+            values = generator.standard_normal(shape, dtype=np.float32)
+            weights.append(numpy_helper.from_array(values, f"{name}_{suffix}"))
+        inputs = [given, f"{name}_w", f"{name}_b"]
+        nodes.append(helper.make_node("Gemm", inputs, [f"{name}_sum"], name=name))
+        result = [f"{name}_out"]
+        nodes.append(helper.make_node("Relu", [f"{name}_sum"], result, name=f"{name}_relu"))
+    graph = helper.make_graph(
+        nodes,
+        "dense",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 5])],
+        [helper.make_tensor_value_info("second_out", TensorProto.FLOAT, [3, 5])],
+        weights,
+    )
+    model = importer.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))
+    return model, driver.assemble(model, target=resolve("host"), threads=1)

@@ -83,6 +83,20 @@ class TestInspect:
         assert data["layers"]
         assert run("inspect", digits).out.startswith("model ")
 
+    def test_model_shows_what_each_layer_costs(self, run, digits):
+        data = run("inspect", digits, "--json").data
+        first = next(layer for layer in data["layers"] if layer["op_type"] == "Gemm")
+        assert first["macs"] == first["parameters"] - first["shape"][-1]
+        assert data["macs"] == sum(layer["macs"] for layer in data["layers"])
+        assert data["activation_bytes"] > 0
+        lines = run("inspect", digits).out.splitlines()
+        assert ["layer", "operator", "result", "multiply-adds", "parameters", "share"] in map(
+            str.split, lines
+        )
+        operators = lines[lines.index("") + 1 :]
+        gemm = next(line for line in reversed(operators) if line.startswith("Gemm "))
+        assert gemm.split()[-1] == "100.0%"
+
     def test_refuses_shapes_of_a_package(self, run, paper_file):
         shown = run("inspect", paper_file, "--shape", "x:[1]")
         assert shown.code == 2
@@ -362,6 +376,44 @@ class TestDb:
         data = run("db", "stats", "--database", tmp_path, "--target", "rpi4", "--json").data
         assert (data["records"], data["kernels"], data["entries"]) == (0, 0, [])
         assert "records" in run("db", "stats", "--database", tmp_path, "--target", "rpi4").out
+
+
+class TestDbShow:
+    @pytest.fixture
+    def records(self, tmp_path):
+        from hone.database import Database
+        from hone.targets.target import resolve
+
+        database = Database(tmp_path, resolve("rpi4"), threads=2)
+        split = ["Split", ["l1", "None", 4, 8], [True, False], ["l2", "l3", "l4"]]
+        with database.writing():
+            for seconds in (2e-3, 1e-3):
+                trace = [[["GetLoops", ["b0"], [], ["l1"]], split], []]
+                database.add_record(["123", "eA=="], [trace, [seconds], {}, []])
+            database.add_task("123", name="fused_conv", untuned_s=4e-3)
+        return ("--database", tmp_path, "--target", "rpi4", "--threads", "2")
+
+    def test_lists_the_kernels(self, run, records):
+        shown = run("db", "show", *records)
+        assert shown.out.splitlines()[1].split()[:5] == ["fused_conv", "123", "2", "1", "4"]
+        entry = run("db", "show", *records, "--json").data["entries"][0]
+        assert (entry["name"], entry["records"], entry["best_ms"]) == ("fused_conv", 2, 1.0)
+
+    def test_shows_the_best_records_of_a_kernel(self, run, records):
+        shown = run("db", "show", "fused_conv", *records, "--limit", "1")
+        assert [line.split() for line in shown.out.splitlines()] == [
+            ["workload", "ms", "tile"],
+            ["123", "1", "_x4x8"],
+        ]
+        (kernel,) = run("db", "show", "123", *records, "--json").data["kernels"]
+        assert [row["mean_ms"] for row in kernel["best"]] == [1.0, 2.0]
+        assert kernel["best"][0]["tile"] == ["_x4x8"]
+
+    def test_names_the_way_out_when_a_kernel_is_unknown(self, run, records):
+        shown = run("db", "show", "dense", *records)
+        assert (shown.code, shown.out) == (2, "")
+        assert "no kernel 'dense' in the database" in shown.err
+        assert "`hone db show` lists the kernels" in shown.err
 
 
 class TestDoctor:
