@@ -126,6 +126,8 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             pairs += flatten(value, f"{prefix}{key}.")
         elif isinstance(value, list):
             pairs.append((prefix + key, ", ".join(map(str, value))))
+        elif isinstance(value, bool):
+            pairs.append((prefix + key, "yes" if value else "no"))
         else:
             pairs.append((prefix + key, "unknown" if value is None else str(value)))
     return pairs

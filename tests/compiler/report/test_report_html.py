@@ -171,6 +171,22 @@ def test_legend_and_kernel_table_show_only_what_there_is(change, sample):
     assert ">calls<" in text
 
 
+def test_kernels_are_held_against_the_limits_of_the_machine(report):
+    text = html.render(report)
+    section = text[text.index('<h2 id="layers">') : text.index('<h2 id="notes">')]
+    assert "float32 500 GFLOP/s (512-bit multiply-add), int8 2000 GOP/s" in section
+    assert "Outside of kernels: 0.0100 ms (0.0080 to 0.0120), 2.4% of a run" in section
+    cells = [re.sub(r"<[^>]*>", " ", cell).split() for cell in section.split("</td>")]
+    assert ["20%", "int8", "compute"] in cells
+    assert ["4.0%", "memory"] in cells
+
+
+def test_limits_that_may_be_too_low_are_marked(change, sample):
+    busy = html.render(change(roofline=sample["roofline"] | {"quiet": False}))
+    assert "so that they may be too low" in busy
+    assert "so that they may be too low" not in html.render(change())
+
+
 def test_time_is_readable():
     assert html.readable("2026-05-04T10:22:31+02:00") == "2026-05-04 08:22 UTC"
     assert html.readable("yesterday") == "yesterday"
