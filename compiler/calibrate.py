@@ -1,30 +1,31 @@
 """Calibration: the range of every tensor that becomes integers, from running the float network.
 
-The network is compiled once with the reductions inside, so one sample costs one run and memory does
-not grow with the data. It always runs on this machine: the ranges do not depend on the target.
+The network is compiled once and runs sample by sample, so memory does not grow with the data. For
+methods that need no more than a sample's extremes, the reductions are part of the compiled graph;
+for the others it returns the tensors of one sample at a time. It always runs on this machine: the
+ranges do not depend on the target. With a cache, known results are not computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from importlib.metadata import version
 
 import numpy as np
-import tvm
-from tvm import relax
 
 from hone.passes.apply import apply
+from hone.passes.quantize.calibrator import Calibrator
 from hone.passes.quantize.observe_tensors import STATISTICS, ObserveTensors
-from hone.passes.quantize.observer import MinMaxObserver, Observer, Range
+from hone.passes.quantize.observer import Range
 from hone.passes.quantize.quantize_int8 import observed_tensors
-from hone.targets.target import resolve
 
-from . import pipeline
-from .data import Dataset
+from . import fingerprint
+from .calibration_cache import CalibrationCache
+from .data import RANDOM_HINT, Dataset
 from .errors import ModelError, UsageError
 from .model import Model
 from .progress import Progress, silent
-
-Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+from .tensor_reader import TensorReader, compile_for_host
 
 
 def calibrate(
@@ -33,8 +34,9 @@ def calibrate(
     *,
     threads: int,
     keep_float: Collection[str] = (),
-    observer: Callable[..., Observer] = MinMaxObserver,
+    calibrator: Calibrator | None = None,
     allow_random: bool = False,
+    cache: CalibrationCache | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Range]:
     """Collect the ranges that `hone.passes.quantize.quantize_int8` needs.
@@ -49,11 +51,12 @@ def calibrate(
         Threads of one run.
     keep_float : collection of str
         Binding names of layers that stay in float.
-    observer : callable
-        Makes one observer for a tensor, given ``layer``, its name. It is fed the smallest and the
-        largest value of each index of the tensor's last axis, ``[2, C]`` for each sample.
+    calibrator : Calibrator, optional
+        The method; min-max when absent.
     allow_random : bool
         Whether ``random:N`` data will do.
+    cache : CalibrationCache, optional
+        Where to look first, and to keep the result.
     progress : Progress, optional
         Where to report.
 
@@ -69,52 +72,89 @@ def calibrate(
     ModelError
         A tensor holds NaN or infinity: names the first such tensor and the sample.
     """
+    check_calibration_data(dataset, allow_random=allow_random)
+    progress = progress or silent()
+    calibrator = calibrator or Calibrator()
+    names = observed_tensors(model.module, keep_float=keep_float)
+    if not names:
+        return {}
+    key = cache_key(model, dataset, {"tensors": names, **calibrator.settings}) if cache else {}
+    stored = cache.load(key) if cache else None
+    if stored is not None:
+        progress.log(f"calibration of {len(names)} tensors taken from the cache")
+        return {name: Range(minimum=float(a), maximum=float(b)) for name, (a, b) in stored.items()}
+    observers = {name: calibrator.observer(name) for name in names}
+    read = _values if calibrator.needs_values else _extremes
+    with progress.task("calibrate", total=len(dataset)) as task:
+        task.update(completed=0, detail=f"compiling for {len(names)} tensors")
+        for index, name, values in read(model, dataset, names, threads):
+            observers[name].update(values)
+            task.update(completed=index, detail="")
+        task.update(completed=len(dataset))
+    ranges = {name: watcher.range for name, watcher in observers.items()}
+    if cache:
+        cache.save(key, {n: np.array([r.minimum, r.maximum]) for n, r in ranges.items()})
+    return ranges
+
+
+def check_calibration_data(dataset: Dataset, *, allow_random: bool) -> None:
+    """Refuse data that do not calibrate.
+
+    Raises
+    ------
+    UsageError
+        There are no samples, or they are random and that was not allowed.
+    """
     if dataset.source.startswith("random:") and not allow_random:
         raise UsageError(
             "random data say nothing about the model's real value ranges, so they do not calibrate",
             where=dataset.source,
-            hint="give real samples, or allow random ones by name",
+            hint=RANDOM_HINT,
         )
     if not len(dataset):
         raise UsageError("calibration needs at least one sample", where=dataset.source)
-    progress = progress or silent()
-    names = observed_tensors(model.module, keep_float=keep_float)
-    if not names:
-        return {}
-    observers = {name: observer(layer=name) for name in names}
-    with progress.task("calibrate", total=len(dataset)) as task:
-        task.update(completed=0, detail=f"compiling for {len(names)} tensors")
-        run = _compile(model, names, threads)
-        for index in range(len(dataset)):
-            sample = dataset.sample(index)
-            results = run([sample[spec.name] for spec in model.signature.inputs])
-            for position, name in enumerate(names):
-                first = STATISTICS * position
-                low, high, finite = results[first : first + STATISTICS]
-                if not finite.all():
-                    raise ModelError(
-                        f"calibration sample {index} of {dataset.source} makes this tensor NaN or "
-                        "infinite",
-                        where=name,
-                        hint="remove the sample, or keep the layer before it in float if it "
-                        "overflows float32",
-                    )
-                observers[name].update(np.stack([low, high]))
-            task.update(completed=index + 1, detail="")
-    return {name: watcher.range for name, watcher in observers.items()}
 
 
-def _compile(model: Model, names: Sequence[str], threads: int) -> Run:
-    """Compile the observing network for this machine."""
-    target = resolve("host")
-    observing = apply(model.module, ObserveTensors(tensors=names))
-    lowered = pipeline.lower(observing, target, threads=threads)
-    scheduled = pipeline.schedule(lowered, target, threads=threads)
-    executable = pipeline.build_executable(scheduled.module, target, threads=threads)
-    main = relax.VirtualMachine(executable, tvm.cpu())["main"]
+def cache_key(model: Model, dataset: Dataset, options: dict[str, object]) -> dict[str, object]:
+    """Return what decides a calibration's result: network, data, options, and who computes it."""
+    return {
+        "module": fingerprint.of_module(model.module),
+        "data": fingerprint.of_dataset(dataset),
+        "options": options,
+        "tvm": version("apache-tvm"),
+    }
 
-    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        # Copied into TVM's own memory: generated code assumes its alignment.
-        return [out.numpy() for out in main(*[tvm.runtime.tensor(x) for x in inputs])]
 
-    return run
+def _extremes(
+    model: Model, dataset: Dataset, names: Sequence[str], threads: int
+) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Yield ``[2, C]``, the extremes of each tensor's last axis, computed inside the network."""
+    run = compile_for_host(apply(model.module, ObserveTensors(tensors=names)), threads=threads)
+    for index in range(len(dataset)):
+        sample = dataset.sample(index)
+        results = run([sample[spec.name] for spec in model.signature.inputs])
+        for position, name in enumerate(names):
+            low, high, finite = results[STATISTICS * position : STATISTICS * (position + 1)]
+            if not finite.all():
+                raise _not_finite(name, dataset, index)
+            yield index, name, np.stack([low, high])
+
+
+def _values(
+    model: Model, dataset: Dataset, names: Sequence[str], threads: int
+) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Yield each tensor as it is."""
+    reader = TensorReader(model, names, threads=threads)
+    for index in range(len(dataset)):
+        for name, values in reader.read(dataset.sample(index)).items():
+            if not np.isfinite(values).all():
+                raise _not_finite(name, dataset, index)
+            yield index, name, values
+
+
+def _not_finite(name: str, dataset: Dataset, index: int) -> ModelError:
+    return ModelError(
+        f"calibration sample {index} of {dataset.source} makes this tensor NaN or infinite",
+        where=name,
+        hint="remove the sample, or keep the layer before it in float if it overflows float32",
+    )

@@ -12,12 +12,19 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
 from .data_sources import LABELS, Chunk, chunks
 from .errors import UsageError
 from .signature import Signature, TensorSpec
+
+RANDOM_HINT: Final = (
+    "give real samples; to calibrate with random ones all the same, ask for it by name: "
+    "--allow-random-calibration, allow_random_calibration = true under [data], or from Python "
+    "allow_random=True"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +110,7 @@ def _random(spec: str, signature: Signature, allowed: bool) -> Dataset:
         raise UsageError(
             "random data say nothing about the model's real value ranges and are refused here",
             where=spec,
-            hint="give real samples; from Python, hone.data.load(..., allow_random=True)",
+            hint=RANDOM_HINT,
         )
     text = spec.removeprefix("random:")
     if not (text.isascii() and text.isdigit() and int(text) > 0):

@@ -223,7 +223,7 @@ def test_other_files_are_named_as_such(tmp_path, name, content):
 def test_random_is_refused_unless_asked_for_by_name():
     assert error("random:4") == (
         "random:4: random data say nothing about the model's real value ranges and are refused "
-        "here\n  hint: give real samples; from Python, hone.data.load(..., allow_random=True)"
+        f"here\n  hint: {data.RANDOM_HINT}"
     )
     first, second = (data.load("random:4", TWO, allow_random=True) for _ in range(2))
     np.testing.assert_array_equal(first.inputs["ids"], second.inputs["ids"])
