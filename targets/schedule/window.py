@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tvm
 from tvm import s_tir
 from tvm.s_tir.schedule import SBlockRV
 
@@ -42,7 +43,10 @@ def schedule_window(
         schedule.compute_inline(padding)
     n, h, w, c, r, s = schedule.get_loops(anchor)
     batch, height, width, channels, taps_h, taps_w = extents(schedule, anchor)
-    lanes = vector_length(channels, machine.lanes)
+    # A maximum of bytes has four times as many in a vector as a sum.
+    itemsize = tvm.runtime.DataType(str(schedule.get(anchor).writes[0].source.dtype)).itemsize
+    vector = machine.lanes * 4 // itemsize
+    lanes = vector_length(channels, vector)
     tiles = sorted((d for d in divisors(width) if d <= MAX_COLUMNS), reverse=True)
     columns = tiles[min(machine.pixel_rank, len(tiles) - 1)]
     w_outer, w_inner = schedule.split(w, [None, columns])
@@ -57,7 +61,7 @@ def schedule_window(
             d
             for d in divisors(height)
             if d % share == 0
-            and ((height // d - 1) * stride + taps_h) * in_width * lanes * 4
+            and ((height // d - 1) * stride + taps_h) * in_width * lanes * itemsize
             <= machine.l1_bytes * 3 // 2
         ),
         height,
@@ -72,4 +76,4 @@ def schedule_window(
     for loop in (r, s, w_inner):
         schedule.unroll(loop)
     start_sums(schedule, anchor, r, outer_loops=3)
-    finish_output(schedule, output, outer_loops=3, lanes=machine.lanes)
+    finish_output(schedule, output, outer_loops=3, lanes=vector)
