@@ -121,8 +121,10 @@ def _random(spec: str, signature: Signature, allowed: bool) -> Dataset:
     return Dataset(inputs=inputs, labels=None, source=spec)
 
 
-def draw(spec: TensorSpec, samples: int, rng: np.random.Generator, high: int = 2) -> np.ndarray:
-    """Draw samples of one tensor: standard normal floats, integers from 0 to `high` - 1, booleans.
+def draw(
+    spec: TensorSpec, samples: int, rng: np.random.Generator, high: int = 2, *, low: int = 0
+) -> np.ndarray:
+    """Draw samples of one tensor: normal floats, integers from `low` to `high` - 1, booleans.
 
     Parameters
     ----------
@@ -134,6 +136,8 @@ def draw(spec: TensorSpec, samples: int, rng: np.random.Generator, high: int = 2
         Its state decides the values.
     high : int
         Exclusive upper bound of integers.
+    low : int
+        Least integer.
 
     Returns
     -------
@@ -143,7 +147,7 @@ def draw(spec: TensorSpec, samples: int, rng: np.random.Generator, high: int = 2
     shape = (samples, *spec.shape)
     dtype = np.dtype(spec.dtype)
     if dtype.kind in "iu":
-        return rng.integers(0, min(high, np.iinfo(dtype).max), shape).astype(dtype)
+        return rng.integers(low, min(high, np.iinfo(dtype).max), shape).astype(dtype)
     if dtype.kind == "b":
         return rng.integers(0, 2, shape).astype(dtype)
     return rng.standard_normal(shape, np.float32).astype(dtype)

@@ -21,6 +21,8 @@ from .database import Database
 from .errors import LockedError, ToolchainError, UsageError
 from .golden import Golden
 from .manifest import ProvenanceEntry, TargetEntry
+from .onnx_boundary import unpackable
+from .onnx_graph import raise_problems
 from .package import Package
 from .progress import Progress, silent
 from .weights import weights_bytes
@@ -93,9 +95,12 @@ def assemble(
 
     Raises
     ------
+    ModelError
+        An input or output has a type that numpy lacks (exit 3).
     ToolchainError
         No linker for the target (exit 6).
     """
+    raise_problems(unpackable(model.signature), model.origin.path)
     lowered = pipeline.lower(model.module, target, threads=threads)
     scheduled = pipeline.schedule(lowered, target, threads=threads, database=database)
     library = pipeline.link(scheduled.module, target, threads=threads)
@@ -174,7 +179,8 @@ def compile(
     threads : int
         Threads of one run.
     precision : {"fp32", "int8"}
-        ``int8`` quantizes with the calibration data; ``bf16`` is not available yet.
+        ``int8`` quantizes with the calibration data; ``bf16`` is not available yet. The package
+        is fp32 where no layer fits.
     tune_seconds : float, optional
         Search for better schedules for so long first; needs a target that runs here.
     database : Path, optional
@@ -213,9 +219,13 @@ def compile(
     records = _database(resolved, threads=threads, folder=database, tune_seconds=tune_seconds)
     unchanged = model
     if precision == "int8":
-        model = steps.int8(
+        candidate = steps.int8(
             model, _calibration(model, calibration), threads=threads, progress=progress
-        ).model
+        )
+        model, precision = candidate.model, candidate.precision
+        progress.log(f"int8: {candidate.note}")
+        for layer, reason in candidate.skipped:
+            progress.log(f"int8: {layer} stays in float: {reason}")
     if tune_seconds is not None and records is not None:
         search(
             model, resolved, threads=threads, seconds=tune_seconds, database=records,

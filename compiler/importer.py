@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
+from . import onnx_boundary
 from .errors import UsageError
 from .model import Model, Origin
 from .onnx_file import OnnxFile, read
@@ -133,7 +134,7 @@ def check(
     for node in graph.nodes:
         operators[node.proto.op_type] = operators.get(node.proto.op_type, 0) + 1
     return CheckReport(
-        problems=graph.problems,
+        problems=(*graph.problems, *onnx_boundary.unpackable(graph.signature)),
         nodes=len(graph.nodes),
         nodes_supported=sum(n.supported for n in graph.nodes),
         macs=sum(n.macs for n in graph.nodes),
@@ -196,7 +197,8 @@ def _read(
             f"a model is a path or an onnx.ModelProto, this is a {type(model).__name__}"
         )
     file = read(model)
-    return file, read_graph(replace(file, proto=inline(file)), shapes or {})
+    graph = read_graph(replace(file, proto=inline(file)), shapes or {})
+    return file, replace(graph, problems=(*graph.problems, *onnx_boundary.problems(graph)))
 
 
 def _build(graph: Graph, file: OnnxFile) -> tuple[object, tuple[Layer, ...]]:

@@ -7,10 +7,12 @@ says so with both numbers.
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -64,6 +66,24 @@ def build(recipe: Recipe, *, progress: Progress | None = None) -> Report:
     return _Build(recipe, progress or silent()).run()
 
 
+def _make_folder(folder: Path) -> None:
+    """Make the output folder before any work, so that no result is lost for the want of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(
+            f"the output folder cannot be written: {error.strerror}", where=str(folder)
+        ) from error
+
+
+def _layers(step: PruneStep | Int8Step | SplitStep | TuneStep) -> Sequence[str]:
+    """Return the layers that a step names."""
+    if isinstance(step, Int8Step):
+        return step.skip
+    return step.layers if isinstance(step, SplitStep) else ()
+
+
 class _Build:
     """One run of a recipe: what all its steps share."""
 
@@ -74,9 +94,17 @@ class _Build:
         self.target.tvm_target(recipe.target.threads)  # a target without code generation: exit 6
         self.threads = recipe.target.threads
         self.measurable = driver.runs_here(self.target)
+        _make_folder(recipe.output_directory)
         self.model = importer.load(recipe.model_path, recipe.model.shapes)
+        for step in recipe.step:
+            for layer in _layers(step):
+                steps.binding(self.model, layer)  # a wrong name must not cost the steps before it
         self.calibration = self._data(recipe.calibration)
-        self.evaluation = self._data(recipe.evaluation) or self._random_evaluation()
+        # Without labels the gate is how far outputs move, which any inputs show.
+        self.evaluation = (
+            self._data(recipe.evaluation, allow_random=recipe.data.metric != "top1")
+            or self._random_evaluation()
+        )
         if recipe.data.metric == "top1" and self.evaluation.labels is None:
             raise UsageError(
                 "top-1 needs evaluation data with labels",
@@ -91,8 +119,10 @@ class _Build:
         self.baseline_accuracy: float | None = None
         self.notes: list[str] = []
 
-    def _data(self, spec: str | None) -> Dataset | None:
-        return None if spec is None else load_data(spec, self.model.signature)
+    def _data(self, spec: str | None, *, allow_random: bool = False) -> Dataset | None:
+        if spec is None:
+            return None
+        return load_data(spec, self.model.signature, allow_random=allow_random)
 
     def _random_evaluation(self) -> Dataset:
         """Return seeded inputs for a model without evaluation data."""
@@ -331,7 +361,6 @@ class _Build:
             accuracy=self._accuracy_entry(kept.quality),
         )
         folder = self.recipe.output_directory
-        folder.mkdir(parents=True, exist_ok=True)
         package.save(self.recipe.package_path)
         report.write(folder / "report.json")
         (folder / "report.html").write_text(html.render(report), encoding="utf-8")

@@ -87,6 +87,8 @@ def read(model: str | Path | onnx.ModelProto) -> OnnxFile:
 
 
 def _read_bytes(path: Path) -> bytes:
+    if path.is_fifo():  # it might be waited for without end
+        raise ModelError("this is a pipe, required is an ONNX file", where=str(path))
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import onnx
 
+from .errors import UsageError
 from .onnx_graph import Problem, dtype_name, nearest
 from .onnx_ops import DTYPES
 from .signature import TensorSpec
 
 Shape = Sequence[int]
+
+LARGEST_SIZE: Final = 2**31 - 1
+"""Of one dimension."""
 
 
 class InputError(Exception):
@@ -33,7 +39,13 @@ def resolve_inputs(
     shapes : mapping of str to sequence of int
         Shapes of inputs with dynamic dimensions. A named dimension that is given for one input
         holds for the others.
+
+    Raises
+    ------
+    UsageError
+        A shape is no sequence of numbers that ONNX can hold.
     """
+    shapes = {name: _sizes(name, shape) for name, shape in shapes.items()}
     stored = {t.name for t in graph.initializer}
     stored |= {t.values.name for t in graph.sparse_initializer}
     inputs = [i for i in graph.input if i.name not in stored]
@@ -59,6 +71,20 @@ def resolve_inputs(
         except InputError as error:
             problems.append(error.problem)
     return specs, problems
+
+
+def _sizes(name: str, shape: Shape) -> tuple[int, ...]:
+    sizes: tuple[int, ...] | None
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = None
+    if sizes is None or any(abs(size) > LARGEST_SIZE for size in sizes):
+        raise UsageError(
+            f"required is a sequence of whole numbers up to {LARGEST_SIZE}, given is {shape!r}",
+            where=f"shape of {name!r}",
+        )
+    return sizes
 
 
 def _symbols(

@@ -30,21 +30,41 @@ def index_bounds(graph: Graph) -> dict[str, int]:
     dict of str to int
         By input name; inputs that index nothing are left out.
     """
-    sources: dict[str, set[str]] = {s.name: {s.name} for s in graph.inputs}
+    sources = _sources(graph)
     bounds: dict[str, int] = {}
+    for node in graph.nodes:
+        proto = node.proto
+        size = _rows(graph, proto)
+        if size is not None:
+            index = 0 if proto.op_type == "OneHot" else 1
+            for source in sources.get(proto.input[index], frozenset()):
+                bounds[source] = min(size, bounds.get(source, size))
+    return bounds
+
+
+def divisors(graph: Graph) -> frozenset[str]:
+    """Return the inputs that something is divided by: as integers they must not be zero.
+
+    Parameters
+    ----------
+    graph : Graph
+        With static shapes.
+    """
+    sources = _sources(graph)
+    divided = (node.proto.input[1] for node in graph.nodes if node.proto.op_type in ("Div", "Mod"))
+    return frozenset().union(*(sources.get(name, frozenset()) for name in divided))
+
+
+def _sources(graph: Graph) -> dict[str, frozenset[str]]:
+    """Return the inputs whose values each tensor holds."""
+    sources = {s.name: frozenset((s.name,)) for s in graph.inputs}
     for node in graph.nodes:
         proto = node.proto
         if proto.op_type in _THROUGH:
             read = proto.input if proto.op_type == "Concat" else proto.input[:1]
-            found = set().union(*(sources.get(i, set()) for i in read))
-            for name in proto.output:
-                sources[name] = found
-        size = _rows(graph, proto)
-        if size is not None:
-            index = 0 if proto.op_type == "OneHot" else 1
-            for source in sources.get(proto.input[index], set()):
-                bounds[source] = min(size, bounds.get(source, size))
-    return bounds
+            found = frozenset[str]().union(*(sources.get(i, frozenset()) for i in read))
+            sources.update(dict.fromkeys(proto.output, found))
+    return sources
 
 
 def _rows(graph: Graph, proto: onnx.NodeProto) -> int | None:

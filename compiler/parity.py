@@ -20,7 +20,7 @@ from .model import Layer, Model
 from .onnx_file import read
 from .onnx_graph import Graph
 from .onnx_inline import inline
-from .onnx_ranges import float_types, index_bounds
+from .onnx_ranges import divisors, float_types, index_bounds
 from .onnx_reader import read_graph
 from .reference import NotCheckedError, reference
 
@@ -158,6 +158,7 @@ def random_inputs(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
 
     Floats are standard normal. Integers stay within the tables that they index (token ids of an
     embedding), else unsigned bytes take their whole range (images) and others are 0 or 1 (masks).
+    What is divided by is not 0.
 
     Parameters
     ----------
@@ -173,11 +174,13 @@ def random_inputs(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
     """
     rng = np.random.default_rng(seed)
     integers = any(np.dtype(s.dtype).kind in "iu" for s in model.signature.inputs)
-    bounds = index_bounds(_graph(model.source)) if integers and model.source is not None else {}
+    graph = _graph(model.source) if integers and model.source is not None else None
+    bounds = {} if graph is None else index_bounds(graph)
+    nonzero = frozenset() if graph is None else divisors(graph)
     inputs = {}
     for spec in model.signature.inputs:
         high = bounds.get(spec.name, 256 if spec.dtype == "uint8" else 2)
-        inputs[spec.name] = draw(spec, 1, rng, high)[0]
+        inputs[spec.name] = draw(spec, 1, rng, high, low=int(spec.name in nonzero))[0, ...]
     return inputs
 
 

@@ -34,7 +34,7 @@ class Reference:
     extra : sequence of str
         Tensors inside the graph whose values are wanted too.
     threads : int
-        Of one operator.
+        Of one operator; at most as many as there are processors.
 
     Raises
     ------
@@ -47,7 +47,8 @@ class Reference:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        # Threads beyond the processors cost onnxruntime seconds, thousands of them minutes.
+        options.intra_op_num_threads = min(threads, len(os.sched_getaffinity(0)))
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # it would write its reasons to stderr as well
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC

@@ -138,7 +138,7 @@ def int8(
     UsageError
         A layer of ``skip`` does not exist.
     """
-    bindings = [_binding(model, layer) for layer in skip]
+    bindings = [binding(model, layer) for layer in skip]
     prepared = model.with_module(apply(_prepared(model), ToNHWC()))
     ranges = calibrate.calibrate(
         prepared, calibration, threads=threads, keep_float=bindings, progress=progress
@@ -160,7 +160,7 @@ def _skipped(result: Quantization) -> tuple[tuple[str, str], ...]:
 
 def split(model: Model, step: SplitStep) -> Candidate:
     """Split operators into parts with a concatenation behind them."""
-    bindings = [_binding(model, layer) for layer in step.layers]
+    bindings = [binding(model, layer) for layer in step.layers]
     splitting = SplitOperator(layers=bindings, parts=step.parts, axis=step.axis)
     module = apply(_prepared(model), splitting)
     return Candidate(model=model.with_module(module))
@@ -171,8 +171,14 @@ def _prepared(model: Model) -> tvm.IRModule:
     return apply(model.module, relax.transform.FoldConstant(), FoldBatchNorm())
 
 
-def _binding(model: Model, layer: str) -> str:
-    """Return the binding of a layer id."""
+def binding(model: Model, layer: str) -> str:
+    """Return the binding of a layer id.
+
+    Raises
+    ------
+    UsageError
+        There is no such layer.
+    """
     bindings = {entry.id: entry.binding for entry in model.layers}
     if layer in bindings:
         return bindings[layer]

@@ -78,7 +78,7 @@ def compile(
         "path": str(to),
         "target": target,
         "threads": threads,
-        "precision": precision,
+        "precision": package.manifest.precision,
         "weights_bytes": package.weights_bytes,
         "package_bytes": package.size_bytes,
         "kernels": len(package.manifest.kernels),
@@ -87,4 +87,4 @@ def compile(
         output.write_json(facts)
         return
     weights, whole = output.size(package.weights_bytes), output.size(package.size_bytes)
-    click.echo(f"{to}: {whole}, {weights} of it weights, {precision} for {target}")
+    click.echo(f"{to}: {whole}, {weights} of it weights, {facts['precision']} for {target}")

@@ -150,3 +150,33 @@ def test_compile_takes_a_proto_or_a_path(tmp_path: Path) -> None:
     from_path = hone.load(tmp_path / "mlp.onnx")
     from_proto = hone.load(proto)
     assert from_path.signature == from_proto.signature
+
+
+def test_compile_int8_says_so_when_no_layer_fits() -> None:
+    from hone.data import Dataset
+
+    value = onnx.helper.make_tensor_value_info
+    proto = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            [onnx.helper.make_node("Add", ["a", "b"], ["y"])],
+            "sum",
+            [value("a", 1, [1, 3]), value("b", 1, [1, 3])],
+            [value("y", 1, [1, 3])],
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+    )
+    samples = Dataset(
+        inputs={name: np.ones((2, 1, 3), np.float32) for name in "ab"}, labels=None, source="ones"
+    )
+    messages: list[str] = []
+
+    class Log:
+        def task(self, label: str, total: float | None = None):
+            return hone.progress.silent().task(label, total)
+
+        def log(self, message: str) -> None:
+            messages.append(message)
+
+    package = hone.compile(hone.load(proto), precision="int8", calibration=samples, progress=Log())
+    assert package.manifest.precision == "fp32"
+    assert "int8: no layer fits int8" in messages

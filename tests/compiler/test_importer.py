@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import tvm
 from onnx import TensorProto, helper, numpy_helper
 from tvm import relax
 
+import hone
 from hone import importer, models, shadow
 from hone.errors import ModelError, UsageError
 from hone.layer_names import binding_names, layer_binding, node_ids, part, unique
@@ -794,3 +796,57 @@ def test_check_of_resnet50_is_quick_and_needs_no_tvm(tmp_path):
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=60)
     assert time.monotonic() - start < 30  # under 2 s alone; the test machine is shared
+
+
+# ---------------------------------------------------------------- what no package can hold
+
+
+def test_names_must_be_unique_at_the_boundary():
+    node = helper.make_node("Relu", ["x"], ["y"])
+    proto = make([node], [info("x", [2])], [info("y", [2]), info("y", [2])])
+    assert failure(proto).problems == ("output 'y': 2 outputs have this name",)
+
+
+def test_bfloat16_is_refused_at_the_boundary_and_taken_within():
+    bf16 = onnx.TensorProto.BFLOAT16
+    relu = helper.make_node("Relu", ["a"], ["b"])
+    proto = make([relu], [info("a", [2], bf16)], [info("b", [2], bf16)])
+    assert [str(problem) for problem in importer.check(proto).problems] == [
+        f"{kind} {name!r}: element type bfloat16 is unsupported here: numpy has no such arrays "
+        "(cast it to or from float32 inside the model)"
+        for kind, name in (("input", "a"), ("output", "b"))
+    ]
+    with pytest.raises(ModelError, match="the model has 2 problems"):
+        hone.compile(importer.load(proto))
+    casts = [
+        helper.make_node("Cast", ["x"], ["a"], to=bf16),
+        relu,
+        helper.make_node("Cast", ["b"], ["y"], to=F32),
+    ]
+    assert importer.check(make(casts, [info("x", [2])], [info("y", [2])])).ok
+
+
+def test_tensors_that_no_memory_holds_are_problems():
+    nodes = [
+        helper.make_node("ConstantOfShape", ["s"], ["w"], name="fill"),
+        helper.make_node("Add", ["x", "w"], ["y"], name="big"),
+    ]
+    proto = make(nodes, [info("x", ["N"])], [info("y", None)], [ints("s", 1 << 20, 1 << 20)])
+    assert failure(proto, {"x": (1,)}).problems == (
+        "ConstantOfShape 'fill': w: float32[1048576, 1048576] has 4096 GiB, the most is 64",
+        "Add 'big': y: float32[1048576, 1048576] has 4096 GiB, the most is 64",
+    )
+
+
+@pytest.mark.parametrize("shape", [(10**20,), (2**31,), ("2",), (1.5,), 3, None])
+def test_shapes_that_are_no_sizes_are_usage_errors(shape):
+    proto = make([helper.make_node("Relu", ["x"], ["y"])], [info("x", ["N"])], [info("y", None)])
+    with pytest.raises(UsageError, match="required is a sequence of whole numbers up to"):
+        importer.check(proto, {"x": shape})
+
+
+def test_pipes_are_refused_instead_of_waited_for(tmp_path):
+    path = tmp_path / "net.onnx"
+    os.mkfifo(path)
+    with pytest.raises(ModelError, match="this is a pipe, required is an ONNX file"):
+        importer.check(path)

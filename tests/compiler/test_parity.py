@@ -337,3 +337,30 @@ def test_onnxruntime_writes_nothing_when_it_refuses_a_model(capfd):
     assert report.status == parity.Status.NOT_CHECKED
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_inputs_of_a_model_are_arrays_when_they_are_scalars():
+    node = helper.make_node("Mul", ["x", "s"], ["y"])
+    model = importer.load(make([node], [info("x", [2]), info("s", [])], [info("y", [2])]))
+    assert isinstance(parity.random_inputs(model)["s"], np.ndarray)
+    assert parity.check(model, runner(model)).status == parity.Status.EQUAL
+
+
+@pytest.mark.parametrize("op", ["Div", "Mod"])
+def test_what_integers_are_divided_by_is_never_zero(op):
+    int64 = onnx.TensorProto.INT64
+    nodes = [
+        helper.make_node("Identity", ["b"], ["divisor"]),
+        helper.make_node(op, ["a", "divisor"], ["y"]),
+    ]
+    values = [info("a", [64], int64), info("b", [64], int64)]
+    model = importer.load(make(nodes, values, [info("y", [64], int64)]))
+    inputs = parity.random_inputs(model)
+    assert inputs["b"].min() == 1
+    assert inputs["a"].min() == 0
+    assert parity.check(model, runner(model)).status == parity.Status.EQUAL
+
+
+def test_the_reference_starts_at_once_when_threads_are_many():
+    model = network()
+    assert parity.check(model, runner(model), threads=100_000).status == parity.Status.EQUAL

@@ -12,6 +12,7 @@ import pytest
 
 from hone import improve, recipe, runtime
 from hone.errors import UsageError
+from hone.progress import silent
 from hone.report.schema import Report, Verdict
 from hone.targets.target import resolve
 from hone.verify import verify
@@ -135,6 +136,39 @@ def test_build_is_an_error_before_any_work_when_top1_has_no_labels(tmp_path: Pat
         "data.evaluation: top-1 needs evaluation data with labels\n"
         '  hint: add an array `labels`, or set [data] metric = "relative_error"'
     )
+
+
+def test_build_is_an_error_before_any_work_when_the_folder_cannot_be_made(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.touch()
+    with pytest.raises(UsageError, match="the output folder cannot be written: File exists"):
+        improve.build(a_recipe(taken))
+
+
+def test_build_is_an_error_before_any_work_when_a_layer_does_not_exist(tmp_path: Path) -> None:
+    messages: list[str] = []
+
+    class Log:
+        def task(self, label: str, total: float | None = None) -> Any:
+            messages.append(label)
+            return silent().task(label, total)
+
+        def log(self, message: str) -> None:
+            messages.append(message)
+
+    for step in (
+        {"kind": "int8", "skip": ["/conv2/Con"]},
+        {"kind": "split", "layers": ["/conv2/Con"], "parts": 2},
+    ):
+        with pytest.raises(UsageError, match="did you mean '/conv2/Conv'"):
+            improve.build(a_recipe(tmp_path, step), progress=Log())
+    assert not messages
+
+
+def test_build_takes_random_evaluation_data_when_no_labels_are_needed(tmp_path: Path) -> None:
+    data = {"evaluation": "random:3", "metric": "relative_error"}
+    report = improve.build(a_recipe(tmp_path, data=data))
+    assert report.steps[0].accuracy is None
 
 
 def test_build_without_data_gates_by_output_error(tmp_path: Path) -> None:
