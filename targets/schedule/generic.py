@@ -10,6 +10,7 @@ kept.
 from __future__ import annotations
 
 import math
+import operator
 
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
@@ -40,25 +41,66 @@ def _parallelize(schedule: s_tir.Schedule, loops: list[LoopRV], work: int) -> No
         schedule.parallel(schedule.fuse(*loops) if len(loops) > 1 else loops[0])
 
 
+def _value(expression: tirx.Expr, values: dict[str, int]) -> int | None:
+    """Return the value of an index at a point, None where it takes more than arithmetic."""
+    if isinstance(expression, tirx.IntImm):
+        return int(expression)
+    if isinstance(expression, tirx.Var):
+        return values.get(expression.name)
+    for kind, operation in (
+        (tirx.Add, operator.add),
+        (tirx.Sub, operator.sub),
+        (tirx.Mul, operator.mul),
+        (tirx.FloorDiv, operator.floordiv),
+        (tirx.FloorMod, operator.mod),
+    ):
+        if isinstance(expression, kind):
+            left, right = _value(expression.a, values), _value(expression.b, values)
+            return None if left is None or right is None else int(operation(left, right))
+    return None
+
+
+def _step(
+    indices: list[tirx.Expr], shape: list[int], variables: list[str], axis: int
+) -> int | None:
+    """Return by how many elements an access moves at the first step of an axis."""
+    offsets = []
+    for at in (0, 1):
+        point = dict.fromkeys(variables, 0) | {variables[axis]: at}
+        offset = 0
+        for index, extent in zip(indices, shape, strict=True):
+            value = _value(index, point)
+            if value is None:
+                return None
+            offset = offset * extent + value
+        offsets.append(offset)
+    return offsets[1] - offsets[0]
+
+
 def _transposed_axis(schedule: s_tir.Schedule, block: SBlockRV) -> int | None:
     """Return the output axis that runs along memory where the block reads it; None for the last.
 
     Only for an input of as many elements as the output: a broadcast costs no cache lines.
     """
     statement = schedule.get(block)
-    variables = [axis.var for axis in statement.iter_vars]
-    size = math.prod(int(extent) for extent in statement.writes[0].source.shape)
+    sizes = [int(axis.dom.extent) for axis in statement.iter_vars]
+    names = [axis.var.name for axis in statement.iter_vars]
     for read in statement.reads:
-        if math.prod(int(extent) for extent in read.source.shape) < size or not read.region:
+        shape = [int(extent) for extent in read.source.shape]
+        if math.prod(shape) < math.prod(sizes) or not shape:
             continue
-        last = read.region[-1].min
-        for position, variable in enumerate(variables[:-1]):
-            if last.same_as(variable):
-                return position
+        indices = [region.min for region in read.region]
+        if _step(indices, shape, names, len(sizes) - 1) in (0, 1, None):
+            continue
+        for axis in range(len(sizes) - 1):
+            if sizes[axis] > 1 and _step(indices, shape, names, axis) == 1:
+                return axis
     return None
 
 
-def _tile(schedule: s_tir.Schedule, loops: list[LoopRV], axis: int) -> list[LoopRV]:
+def _tile(
+    schedule: s_tir.Schedule, machine: Machine, loops: list[LoopRV], axis: int
+) -> list[LoopRV]:
     """Tile a transposition: both lines of a tile stay in the cache. Returns the outer loops."""
     sides = []
     for loop in (loops[axis], loops[-1]):
@@ -68,6 +110,8 @@ def _tile(schedule: s_tir.Schedule, loops: list[LoopRV], axis: int) -> list[Loop
     (read_outer, read_inner), (write_outer, write_inner) = sides
     outer = [*loops[:axis], read_outer, *loops[axis + 1 : -1], write_outer]
     schedule.reorder(*outer, read_inner, write_inner)
+    if int(schedule.get(write_inner).extent) in (machine.lanes // 2, machine.lanes, TILE):
+        schedule.vectorize(write_inner)
     return outer
 
 
@@ -82,7 +126,7 @@ def schedule_elementwise_block(schedule: s_tir.Schedule, machine: Machine, block
     # What is gathered or scattered takes a step for each element.
     work = cycles(schedule, block, 1 if axis is not None else lanes) if simple else 0
     if axis is not None:
-        _parallelize(schedule, _tile(schedule, loops, axis), work)
+        _parallelize(schedule, _tile(schedule, machine, loops, axis), work)
         return
     loops = [loop for loop in loops if int(schedule.get(loop).extent) > 1] or loops[-1:]
     if simple and len(loops) == len(schedule.get_loops(block)):
