@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def bench(
         Peers. They run the ONNX model among the items, or the one that a package was made of,
         which is looked for beside the package and in the current folder by its hash.
     threads : int
-        Threads of one run, for everybody.
+        Threads of one run, for everybody; at most as many as there are processors.
     rounds : Rounds, optional
         How often to run.
     shapes : dict, optional
@@ -99,6 +100,10 @@ def bench(
     progress = progress or silent()
     if not items:
         raise UsageError("nothing to measure", hint="name a package or an ONNX model")
+    if threads > (usable := len(os.sched_getaffinity(0))):
+        # A package is given no more, and a peer with more would measure its own overhead.
+        progress.log(f"{threads} threads are wanted, there are {usable} processors: {usable} run")
+        threads = usable
     runners: dict[str, runtime.Runner] = {}
     inputs: dict[str, np.ndarray] | None = None
     source: Model | None = None

@@ -87,6 +87,7 @@ class Peer:
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C is this process's to answer
         )
         try:
             self._tell({"inputs": list(inputs)})

@@ -23,11 +23,19 @@ class Verb(click.Command):
     def __init__(self, *args: Any, example: str, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.example = example
-        self.context_settings.setdefault("auto_envvar_prefix", ENVIRONMENT_PREFIX)
+        for option in self.params:
+            if isinstance(option, click.Option) and option.envvar is None:
+                option.envvar = environment_name(option)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the example below the options."""
         write_example(formatter, self.example)
+
+
+def environment_name(option: click.Option) -> str:
+    """Return the variable of an option: ``HONE_FAIL_SLOWER`` of ``--fail-slower``."""
+    name = max(option.opts, key=len).lstrip("-")
+    return f"{ENVIRONMENT_PREFIX}_{name.replace('-', '_').upper()}"
 
 
 def write_example(formatter: click.HelpFormatter, example: str) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 import click
 
 import hone
-from hone.cli.command import ENVIRONMENT_PREFIX, write_example
-from hone.errors import HoneError, InterruptError
+from hone.cli.command import write_example
+from hone.errors import HoneError, InterruptError, ToolchainError
 
 VERBS = {
     "build": "Run a recipe: compress, measure, keep what is better, package.",
@@ -94,18 +98,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
     int
         The exit code.
     """
-    with warnings.catch_warnings():
+    debug = os.environ.get("HONE_DEBUG", "") not in {"", "0"}
+    with warnings.catch_warnings(), _interrupts() as interrupted:
         warnings.showwarning = _warn
-        return _run(arguments, debug=os.environ.get("HONE_DEBUG", "") not in {"", "0"})
+        return _run(arguments, interrupted, debug=debug)
 
 
-def _run(arguments: Sequence[str] | None, *, debug: bool) -> int:
+def _run(arguments: Sequence[str] | None, interrupted: threading.Event, *, debug: bool) -> int:
     try:
         code = hone_command.main(
             args=None if arguments is None else list(arguments),
             prog_name="hone",
             standalone_mode=False,
-            auto_envvar_prefix=ENVIRONMENT_PREFIX,
         )
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):
@@ -121,8 +125,18 @@ def _run(arguments: Sequence[str] | None, *, debug: bool) -> int:
         error.show()
         return error.exit_code
     except HoneError as error:
+        if interrupted.is_set() and not isinstance(error, InterruptError):
+            return _say(debug, "interrupted", InterruptError.exit_code)
         return _say(debug, str(error), error.exit_code)
     except Exception as error:  # noqa: BLE001  (the last resort: one line instead of a traceback)
+        if interrupted.is_set():
+            return _say(debug, "interrupted", InterruptError.exit_code)
+        if isinstance(error, MemoryError) or "std::bad_alloc" in str(error):
+            return _say(
+                debug,
+                f"there is not enough memory: {_first_line(error)}",
+                ToolchainError.exit_code,
+            )
         return _say(
             debug,
             f"internal: {type(error).__name__}: {_first_line(error)}\n"
@@ -134,7 +148,32 @@ def _run(arguments: Sequence[str] | None, *, debug: bool) -> int:
 
 def main() -> NoReturn:
     """Run the command line and exit: the console script ``hone``."""
-    sys.exit(run())
+    code = run()
+    # What there is to say has been said; a second Ctrl-C must not change how it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Remember Ctrl-C: where it meets a callback of TVM's it comes back as another error."""
+    interrupted = threading.Event()
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield interrupted  # somebody else owns the signal
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _warn(

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
+
 from hone import bench, models
+from hone.measure import Rounds
 
 
 def test_the_model_of_a_package_is_found_among_files_that_are_none(tmp_path, monkeypatch, tiny):
@@ -11,3 +14,10 @@ def test_the_model_of_a_package_is_found_among_files_that_are_none(tmp_path, mon
     proto = models.build("mlp").SerializeToString()
     (tmp_path / "c.onnx").write_bytes(proto)
     assert bench._model_of(tiny.package(), near=tmp_path / "tiny.hone") is None
+
+
+def test_everybody_runs_on_the_threads_that_there_are(tmp_path):
+    path = tmp_path / "mlp.onnx"
+    path.write_bytes(models.build("mlp").SerializeToString())
+    result = bench.bench([path], threads=1000, rounds=Rounds(rounds=1, runs=1, warmup=0))
+    assert result.threads == len(os.sched_getaffinity(0))

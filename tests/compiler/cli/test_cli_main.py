@@ -154,6 +154,37 @@ def test_interrupt_exits_130(run, replace_module):
     assert (shown.code, shown.out, shown.err) == (130, "", "\nerror: interrupted\n")
 
 
+@pytest.mark.parametrize(
+    "turned_into", [RuntimeError(""), errors.ModelError("cannot be converted")]
+)
+def test_interrupt_exits_130_when_a_library_makes_another_error_of_it(
+    run, replace_module, turned_into
+):
+    def check(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise turned_into from None
+
+    replace_module("importer", check=check, parse_shape=None)
+    shown = run("check", "net.onnx")
+    assert (shown.code, shown.out, shown.err) == (130, "", "error: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 4.00 TiB"), "Unable to allocate 4.00 TiB"),
+        (RuntimeError("std::bad_alloc"), "std::bad_alloc"),
+    ],
+)
+def test_want_of_memory_is_one_of_the_environment(run, replace_module, error, said):
+    replace_module("importer", **raising(error))
+    shown = run("check", "net.onnx")
+    assert (shown.code, shown.err) == (6, f"error: there is not enough memory: {said}\n")
+
+
 def test_closed_pipe_is_quiet(tmp_path):
     code = "import sys; from hone.cli.main import main; sys.argv[1:] = ['target', 'list']; main()"
     reader, writer = os.pipe()
@@ -180,6 +211,12 @@ def test_option_comes_from_the_environment_and_a_flag_wins(
     assert run("passes", "--json").code == 0
     assert run("passes", "--json", "--threads", "4").code == 0
     assert seen == [3, 4]
+
+
+def test_every_option_has_a_variable_of_its_own_name(run, replace_module, monkeypatch):
+    replace_module("pipeline", passes=lambda *_, **__: [])
+    monkeypatch.setenv("HONE_JSON", "1")
+    assert run("passes").data == {"passes": []}
 
 
 def test_wrong_value_in_the_environment_exits_2(run, monkeypatch):
