@@ -19,6 +19,7 @@ from .model import Model, Origin
 from .onnx_file import OnnxFile, read
 from .onnx_graph import Graph, Problem, fix_shapes, raise_problems
 from .onnx_inline import inline
+from .onnx_qdq import rewrite
 from .onnx_reader import read_graph
 from .signature import TensorSpec
 
@@ -197,7 +198,7 @@ def _read(
             f"a model is a path or an onnx.ModelProto, this is a {type(model).__name__}"
         )
     file = read(model)
-    graph = read_graph(replace(file, proto=inline(file)), shapes or {})
+    graph = read_graph(replace(file, proto=rewrite(inline(file))), shapes or {})
     return file, replace(graph, problems=(*graph.problems, *onnx_boundary.problems(graph)))
 
 

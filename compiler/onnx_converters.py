@@ -15,6 +15,7 @@ from tvm import relax
 from tvm.relax import op
 
 from .onnx_call import Call, Converter, const
+from .onnx_quantize import QUANTIZATION
 from .onnx_resize import resize
 from .onnx_windows import WINDOWS
 
@@ -295,6 +296,7 @@ def _batch_normalization(call: Call) -> Any:
 
 
 CONVERTERS: Final[Mapping[str, Converter]] = {
+    **QUANTIZATION,
     **WINDOWS,
     "BatchNormalization": _batch_normalization,
     "Clip": _clip,

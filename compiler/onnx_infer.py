@@ -22,6 +22,24 @@ _LIKE_FIRST_INPUT: Final = frozenset(("GroupNormalization",))
 """Functions of other operators, for which onnx infers nothing."""
 
 
+_PER_AXIS_OPSET: Final = 13
+"""QuantizeLinear and DequantizeLinear have an axis from here on, and are otherwise what they were
+in opset 10. QLinearConv had scales for each channel from the start: its rewriting needs them."""
+
+
+def schema_opset(op_type: str, opset: int) -> int:
+    """Return the opset whose definition of an operator is used for a model's opset."""
+    per_axis = op_type in ("DequantizeLinear", "QuantizeLinear")
+    return max(opset, _PER_AXIS_OPSET) if per_axis else opset
+
+
+def opset_imports(proto: onnx.NodeProto, file: OnnxFile) -> list[onnx.OperatorSetIdProto]:
+    """Return a model's opsets, as they hold for one of its nodes."""
+    opset = schema_opset(proto.op_type, file.opset)
+    others = [o for o in file.proto.opset_import if o.domain not in ("", "ai.onnx")]
+    return [helper.make_opsetid("", opset), *others]
+
+
 class InferenceError(Exception):
     """The node's types do not fit together, or its result's shape is not static."""
 
@@ -50,7 +68,7 @@ def infer(
     InferenceError
         Says what does not fit.
     """
-    schema = onnx.defs.get_schema(proto.op_type, file.opset, "")
+    schema = onnx.defs.get_schema(proto.op_type, schema_opset(proto.op_type, file.opset), "")
     names = [i for i in proto.input if i]
     _check_types(schema, proto, spec, file.opset)
     small = [i for i in names if i in constants and constants[i].size <= _DATA_ELEMENTS]
@@ -61,7 +79,7 @@ def infer(
             proto,
             {i: type_proto(spec(i)) for i in names},
             {i: numpy_helper.from_array(constants[i], i) for i in small},
-            opset_imports=list(file.proto.opset_import),
+            opset_imports=opset_imports(proto, file),
             ir_version=file.proto.ir_version,
         )
     except onnx.shape_inference.InferenceError as error:
@@ -150,7 +168,7 @@ def evaluate(
     )
     model = helper.make_model(
         graph,
-        opset_imports=list(file.proto.opset_import),
+        opset_imports=opset_imports(proto, file),
         ir_version=file.proto.ir_version,
     )
     try:
@@ -168,7 +186,7 @@ def macs(proto: onnx.NodeProto, inputs: Sequence[tuple[int, ...]], output: tuple
     """Return the multiply-accumulates of a node: output elements times the terms of each sum."""
     if proto.op_type not in WEIGHTED:
         return 0
-    if proto.op_type == "Conv":
+    if proto.op_type in ("Conv", "ConvInteger"):
         return math.prod(output) * math.prod(inputs[1][1:])
     if proto.op_type == "ConvTranspose":
         return math.prod(inputs[0]) * math.prod(inputs[1][1:])

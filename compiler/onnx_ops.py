@@ -19,8 +19,9 @@ SUPPORTED: Final = frozenset(
         "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh",
         "AveragePool", "BatchNormalization", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr",
         "BitwiseXor", "Cast", "CastLike", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape",
-        "Conv", "ConvTranspose", "Cos", "Cosh", "CumSum", "DepthToSpace", "DequantizeLinear", "Div",
-        "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand", "EyeLike", "Flatten", "Floor",
+        "Conv", "ConvInteger", "ConvTranspose", "Cos", "Cosh", "CumSum", "DepthToSpace",
+        "DequantizeLinear", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand",
+        "EyeLike", "Flatten", "Floor",
         "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool", "GlobalLpPool",
         "GlobalMaxPool", "Greater", "GreaterOrEqual", "GridSample", "GroupNormalization",
         "HardSigmoid", "HardSwish", "Hardmax", "Identity", "InstanceNormalization", "IsInf",
@@ -47,7 +48,9 @@ DTYPES: Final = frozenset(
 )
 """Element types of tensors."""
 
-WEIGHTED: Final = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+WEIGHTED: Final = frozenset(
+    ("Conv", "ConvInteger", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger")
+)
 """Operators that do multiply-accumulate work; they bear weights when an input is constant."""
 
 

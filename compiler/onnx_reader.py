@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from .layer_names import node_ids
 from .onnx_file import OnnxFile
 from .onnx_graph import Graph, Node, Problem, attributes, dtype_name
-from .onnx_infer import InferenceError, evaluate, first_line, infer, macs
+from .onnx_infer import InferenceError, evaluate, first_line, infer, macs, opset_imports
 from .onnx_inputs import resolve_inputs
 from .onnx_ops import DTYPES, SUPPORTED, NodeView, refusal
 from .signature import TensorSpec
@@ -30,6 +30,9 @@ a 50000 by 1024 embedding in fp32, has 195 MiB."""
 
 _SHAPE_ONLY: Final = frozenset(("EyeLike", "Shape", "Size"))
 """Operators that read the shape of their input, not its values."""
+
+_MOVES: Final = frozenset(("Identity", "Reshape", "Transpose"))
+"""Operators between a dequantized weight and its layer."""
 
 _RANDOM: Final = frozenset(
     (
@@ -62,7 +65,6 @@ class _Reader:
     def __init__(self, file: OnnxFile) -> None:
         self.file = file
         self.proto = file.proto.graph
-        self.opset_imports = list(file.proto.opset_import)
         self.problems: list[Problem] = []
         self.inputs: list[TensorSpec] = []
         self.values: dict[str, TensorSpec] = {}
@@ -70,9 +72,8 @@ class _Reader:
         self.unknown: set[str] = set()
         self.nodes: list[Node] = []
         self.weights_bytes = 0
-        self.context = onnx.checker.C.CheckerContext()
-        self.context.ir_version = file.proto.ir_version
-        self.context.opset_imports = {o.domain: o.version for o in self.opset_imports}
+        self.weights: set[str] = set()
+        """Tensors that an operator with integer kernels reads as its weights."""
 
     # ------------------------------------------------------------ initializers and inputs
 
@@ -120,6 +121,7 @@ class _Reader:
         needed: list[tuple[onnx.NodeProto, str]] = []
         for proto, layer in zip(reversed(protos), reversed(ids), strict=True):
             if wanted.intersection(proto.output):
+                self.weights.update(_weights(proto, self.weights))
                 needed.append((_trimmed(proto, wanted), prefix + layer))
                 wanted.update(_reads(proto))
         for proto, layer in reversed(needed):
@@ -201,10 +203,16 @@ class _Reader:
             found.append((f"operator {name} is unsupported", ""))
         if not found:
             try:
-                onnx.checker.check_node(proto, self.context)
+                onnx.checker.check_node(proto, self._context(proto))
             except (onnx.checker.ValidationError, UnicodeError) as error:
                 found.append((f"invalid node: {first_line(error)}", ""))
         return found
+
+    def _context(self, proto: onnx.NodeProto) -> Any:
+        context = onnx.checker.C.CheckerContext()
+        context.ir_version = self.file.proto.ir_version
+        context.opset_imports = {o.domain: o.version for o in opset_imports(proto, self.file)}
+        return context
 
     def _view(self, proto: onnx.NodeProto, first: TensorSpec) -> NodeView:
         specs = [self._spec(i) if i else None for i in proto.input]
@@ -235,6 +243,8 @@ class _Reader:
             for a in proto.attribute
         ):
             return False
+        if proto.op_type == "DequantizeLinear" and proto.output[0] in self.weights:
+            return False  # integer kernels need the levels
         if proto.op_type in _SHAPE_ONLY:
             return self._known(proto.input[0])
         return all(i in self.constants for i in proto.input if i)
@@ -334,6 +344,15 @@ def _trimmed(proto: onnx.NodeProto, wanted: set[str]) -> onnx.NodeProto:
     del trimmed.output[:]
     trimmed.output.extend(kept)
     return trimmed
+
+
+def _weights(proto: onnx.NodeProto, known: set[str]) -> set[str]:
+    """Return what a node reads as weights, or as what becomes weights."""
+    if proto.op_type in ("Conv", "Gemm", "MatMul"):
+        return set(proto.input[1:2])
+    if proto.op_type in _MOVES and proto.output[0] in known:
+        return set(proto.input[:1])
+    return set()
 
 
 def _reads(proto: onnx.NodeProto) -> set[str]:

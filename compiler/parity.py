@@ -20,6 +20,7 @@ from .model import Layer, Model
 from .onnx_file import read
 from .onnx_graph import Graph
 from .onnx_inline import inline
+from .onnx_qdq import rewrite
 from .onnx_ranges import divisors, float_types, index_bounds
 from .onnx_reader import read_graph
 from .reference import NotCheckedError, reference
@@ -372,7 +373,7 @@ def _tensors(model: Model) -> list[tuple[Layer, str, str]]:
 
 def _graph(source: onnx.ModelProto) -> Graph:
     file = read(source)
-    return read_graph(replace(file, proto=inline(file)), {})
+    return read_graph(replace(file, proto=rewrite(inline(file))), {})
 
 
 def _failed(

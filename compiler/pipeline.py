@@ -20,6 +20,7 @@ from hone.passes.lower.fuse_operators import FuseOperators
 from hone.passes.lower.legalize import LegalizeForCPU
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 from hone.passes.lower.unify_convolutions import UnifyConvolutions
+from hone.passes.quantize.match_qdq import MatchQdq
 from hone.targets.schedule.cpu import Decision, ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
@@ -52,6 +53,11 @@ def graph_stages() -> tuple[Stage, ...]:
     """Return the stages that clean up an imported graph; no target is needed."""
     transform = relax.transform
     return (
+        Stage(
+            name="match-qdq",
+            summary="layers of an imported quantized model become integer operators",
+            run=MatchQdq(),
+        ),
         Stage(
             name="fold-constants", summary="evaluate constant nodes", run=transform.FoldConstant()
         ),

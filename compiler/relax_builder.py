@@ -12,12 +12,16 @@ from tvm import relax, tirx
 from tvm.relax import op
 from tvm.relax.frontend.onnx import onnx_frontend
 
+from hone.passes.quantize.match_qdq import QDQ_ATTRIBUTE
+
 from .layer_names import binding_names, layer_binding, part
 from .model import Layer
 from .onnx_call import Call
 from .onnx_converters import CONVERTERS
 from .onnx_graph import Graph, Node, Problem, attributes
 from .signature import TensorSpec
+
+_QDQ = ("DequantizeLinear", "QuantizeLinear")
 
 
 class ConversionError(Exception):
@@ -68,8 +72,12 @@ class _Builder:
             self.bb.emit_func_output(result)
         if self.problems:
             raise ConversionError(self.problems)
-        module = _rename(self.bb.get(), self.named)
-        return relax.transform.DeadCodeElimination()(module), tuple(layers)
+        module = relax.transform.DeadCodeElimination()(_rename(self.bb.get(), self.named))
+        if any(n.proto.op_type in _QDQ for n in self.graph.nodes):
+            module.update_func(
+                module.get_global_var("main"), module["main"].with_attr(QDQ_ATTRIBUTE, True)
+            )
+        return module, tuple(layers)
 
     def _expr(self, name: str) -> Any:
         if name not in self.exprs:
