@@ -2,7 +2,8 @@
 
 The files are those of ``meta_schedule.database.JSONDatabase``, so that TVM's own tools read them;
 its lookup ignores the target, hence the folders. A third file says what each kernel took without
-a record, so that a record that is no better is not used. Opening and counting need no TVM.
+a record, and what became of records inside a running model, so that a record that is no better is
+not used. Opening and counting need no TVM.
 """
 
 from __future__ import annotations
@@ -17,7 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import journal
-from .records import Applied, Entry, HitRate, Match, folder_of, kernels, seconds_of, workload_module
+from .records import (
+    Applied,
+    Entry,
+    HitRate,
+    Match,
+    Verdict,
+    choose,
+    folder_of,
+    kernels,
+    seconds_of,
+    trace_key,
+    workload_module,
+)
 
 if TYPE_CHECKING:
     import tvm
@@ -104,6 +117,7 @@ class Database:
                 self._positions.setdefault(key, position)
         self._names: dict[str, str] = {}
         self._untuned: dict[str, float] = {}
+        self._verdicts: dict[str, dict[str, Verdict]] = {}
         for task in self._tasks:
             self._note(task)
         return repair
@@ -118,6 +132,9 @@ class Database:
         seconds = task.get("untuned_s")
         if isinstance(seconds, (int, float)) and seconds > 0:
             self._untuned[key] = min(seconds, self._untuned.get(key, math.inf))
+        if str(task.get("verdict")) in set(Verdict):
+            verdict = Verdict(task["verdict"])
+            self._verdicts.setdefault(key, {})[str(task.get("record"))] = verdict
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -208,6 +225,53 @@ class Database:
         self._tasks.append(task)
         self._note(task)
 
+    def add_verdict(
+        self,
+        workload: str,
+        *,
+        name: str,
+        record: str,
+        verdict: Verdict,
+        model_s: float,
+        model_untuned_s: float,
+    ) -> None:
+        """Note what became of a record inside a running model; the last verdict counts.
+
+        Parameters
+        ----------
+        workload : str
+            Hash of the kernel.
+        name : str
+            What the model calls it.
+        record : str
+            `trace_key` of the record.
+        verdict : Verdict
+            Whether it is to be used.
+        model_s, model_untuned_s : float
+            Seconds of all its calls in one run of the model, with and without the record.
+        """
+        line = {
+            "workload": workload,
+            "name": name,
+            "record": record,
+            "verdict": str(verdict),
+            "model_s": model_s,
+            "model_untuned_s": model_untuned_s,
+        }
+        self._append(TASKS, line)
+        self._tasks.append(line)
+        self._note(line)
+
+    def verdicts(self, workload: str) -> dict[str, Verdict]:
+        """Return the verdicts on a kernel's records, by `hone.records.trace_key`.
+
+        Parameters
+        ----------
+        workload : str
+            Its hash.
+        """
+        return dict(self._verdicts.get(workload, {}))
+
     def __len__(self) -> int:
         """Return the number of records."""
         return len(self._records)
@@ -247,6 +311,9 @@ class Database:
                     records=len(records),
                     best_ms=None if best is None else best * 1e3,
                     untuned_ms=None if untuned is None else untuned * 1e3,
+                    verdict=self._verdicts.get(key, {}).get(trace_key(records[0]))
+                    if records
+                    else None,
                 )
             )
         return tuple(sorted(entries, key=lambda e: -(e.best_ms or e.untuned_ms or 0.0)))
@@ -278,6 +345,11 @@ class Database:
             journal.dumps([self._workloads[owner][0], record]) for owner, record in self._records
         }
         lines |= {journal.dumps([key, seconds]) for key, seconds in self._untuned.items()}
+        lines |= {
+            journal.dumps([key, record, str(verdict)])
+            for key, verdicts in self._verdicts.items()
+            for record, verdict in verdicts.items()
+        }
         return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
 
     def as_tvm(self) -> meta_schedule.database.Database:
@@ -309,7 +381,7 @@ class Database:
         return database
 
     def lookup(self, func: tirx.PrimFunc) -> Match | None:
-        """Return the best valid record of a kernel.
+        """Return the record that a kernel is compiled with, else its fastest one.
 
         Parameters
         ----------
@@ -332,7 +404,14 @@ class Database:
         workload = self._workloads[self._positions[key]]
         if not structural_equal(ms.database.Workload.from_json(workload).mod, module):
             return None  # two kernels with one hash
-        return Match(workload=workload, record=records[0], untuned_s=self._untuned.get(key))
+        verdicts, untuned_s = self._verdicts.get(key, {}), self._untuned.get(key)
+        record = choose(records, verdicts, untuned_s) or records[0]
+        return Match(
+            workload=workload,
+            record=record,
+            untuned_s=untuned_s,
+            verdict=verdicts.get(trace_key(record)),
+        )
 
     def hit_rate(self, module: tvm.IRModule) -> HitRate:
         """Count the kernels of a module that have a record.
@@ -347,7 +426,9 @@ class Database:
         return HitRate(len(functions) - len(missing), len(functions), missing)
 
     def apply(self, module: tvm.IRModule) -> Applied:
-        """Schedule every kernel by its best record, where that is better than no record.
+        """Schedule every kernel by its record, where that is better than no record.
+
+        Better inside the model, where that was tried; else in isolation: see `hone.records.choose`.
 
         Parameters
         ----------
@@ -363,7 +444,7 @@ class Database:
 
         from .replay import ReplayError, replay
 
-        hits, misses, kept, failed = [], [], [], []
+        hits, misses, kept, rejected, failed = [], [], [], [], []
         functions = dict(module.functions.items())
         variables = {variable.name_hint: variable for variable in functions}
         target = self.target.tvm_target(self.threads)
@@ -373,6 +454,8 @@ class Database:
                 misses.append(name)
             elif not match.worthwhile:
                 kept.append(name)
+                if match.verdict is Verdict.REJECTED:
+                    rejected.append(name)
             else:
                 try:
                     functions[variables[name]] = replay(func, match, target)
@@ -386,4 +469,5 @@ class Database:
             misses=tuple(misses),
             kept=tuple(kept),
             failed=tuple(failed),
+            rejected=tuple(rejected),
         )

@@ -172,7 +172,7 @@ def _operand(tensor: Any, *, weight: bool) -> Operand:
     )
 
 
-def _clock_reader(ticks: list[int]) -> Any:
+def clock_reader(ticks: list[int]) -> Any:
     """Return an instrument that appends the nanoseconds at which it is called."""
     import tvm_ffi
 
@@ -228,7 +228,7 @@ def time_calls(
     runs = int(seconds / (2 * ROUNDS) / ((clock() - started) * 1e-9))
     runs = min(max(runs, MIN_RUNS), MAX_RUNS)
     warmup = 1 + runs // 8
-    instrument = _clock_reader(ticks)
+    instrument = clock_reader(ticks)
     for number in range(ROUNDS):
         samples = []
         for _ in range(warmup + runs):

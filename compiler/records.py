@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +26,15 @@ WORTHWHILE = 0.98
 """A record is used when it takes at most this share of the untuned time: below it is noise."""
 
 
+class Verdict(StrEnum):
+    """What became of a record inside a running model, beside the kernel without a record."""
+
+    CONFIRMED = "confirmed"
+    """Faster there too."""
+    REJECTED = "rejected"
+    """Not faster there, or the model as a whole was not."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """What the database knows about one kernel.
@@ -38,6 +49,8 @@ class Entry:
         Valid records.
     best_ms, untuned_ms : float or None
         Milliseconds of the best record, and without a record.
+    verdict : Verdict or None
+        On the best record, inside a model; None when it was never tried there.
     """
 
     workload: str
@@ -45,11 +58,12 @@ class Entry:
     records: int
     best_ms: float | None
     untuned_ms: float | None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """The best record of a kernel.
+    """The record of a kernel that `choose` takes, else its fastest one.
 
     Parameters
     ----------
@@ -59,11 +73,14 @@ class Match:
         JSON of the ``TuningRecord``.
     untuned_s : float or None
         Seconds of the kernel without a record, if that was measured.
+    verdict : Verdict or None
+        On this record, inside a model.
     """
 
     workload: list[Any]
     record: list[Any]
     untuned_s: float | None
+    verdict: Verdict | None = None
 
     @property
     def seconds(self) -> float:
@@ -72,7 +89,9 @@ class Match:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether the record beats the untuned kernel by more than noise."""
+        """Whether the record is to be used: by its verdict, else by the times in isolation."""
+        if self.verdict is not None:
+            return self.verdict is Verdict.CONFIRMED
         return self.untuned_s is None or self.seconds <= WORTHWHILE * self.untuned_s
 
 
@@ -104,6 +123,8 @@ class Applied:
         Kernels that a record scheduled, and kernels without one.
     kept : tuple of str
         Kernels whose best record is no better than the untuned schedule, which therefore stays.
+    rejected : tuple of str
+        Those of `kept` whose best record was better in isolation, and not in a running model.
     failed : tuple of (str, str)
         Kernels whose best record could not be applied, with the reason; they stay untuned.
     """
@@ -113,6 +134,7 @@ class Applied:
     misses: tuple[str, ...]
     kept: tuple[str, ...]
     failed: tuple[tuple[str, str], ...]
+    rejected: tuple[str, ...] = ()
 
 
 def folder_of(root: Path, target: Target, *, threads: int) -> Path:
@@ -198,3 +220,76 @@ def seconds_of(record: list[Any]) -> float | None:
     if not times or not all(isinstance(t, (int, float)) and 0 < t < INVALID_S for t in times):
         return None
     return float(math.fsum(times) / len(times))
+
+
+def trace_key(record: list[Any]) -> str:
+    """Return what tells a kernel's candidates apart.
+
+    Parameters
+    ----------
+    record : list
+        JSON of a ``TuningRecord``.
+    """
+    return hashlib.sha256(journal.dumps(record[0])).hexdigest()
+
+
+def choose(
+    records: Sequence[list[Any]], verdicts: Mapping[str, Verdict], untuned_s: float | None
+) -> list[Any] | None:
+    """Return the record that a kernel is compiled with.
+
+    A verdict from inside a model outweighs times in isolation: of the confirmed records the
+    fastest is taken. One that no model has tried takes its place when it is worthwhile beside it
+    and beside the untuned kernel, unless a faster one was rejected already.
+
+    Parameters
+    ----------
+    records : sequence of list
+        JSON of the valid records, best first.
+    verdicts : mapping of str to Verdict
+        By `trace_key`.
+    untuned_s : float or None
+        Seconds in isolation without a record.
+
+    Returns
+    -------
+    list or None
+        None when the untuned schedule stays.
+    """
+    confirmed = next((r for r in records if verdicts.get(trace_key(r)) is Verdict.CONFIRMED), None)
+    if not records or trace_key(records[0]) in verdicts:
+        return confirmed
+    seconds = seconds_of(records[0]) or math.inf
+    limits = [untuned_s, None if confirmed is None else seconds_of(confirmed)]
+    if all(limit is None or seconds <= WORTHWHILE * limit for limit in limits):
+        return records[0]
+    return confirmed
+
+
+def contenders(
+    records: Sequence[list[Any]], verdicts: Mapping[str, Verdict], untuned_s: float | None
+) -> list[list[Any]]:
+    """Return the records that are worth a try inside the model, at most two, best first.
+
+    Parameters
+    ----------
+    records : sequence of list
+        JSON of the valid records, best first.
+    verdicts : mapping of str to Verdict
+        By `trace_key`; what was rejected is not tried again.
+    untuned_s : float or None
+        Seconds in isolation without a record.
+    """
+    first = choose(records, verdicts, untuned_s)
+    if first is None:
+        return []
+    others = [
+        record
+        for record in records
+        if record is not first
+        and verdicts.get(trace_key(record)) is not Verdict.REJECTED
+        and (untuned_s is None or (seconds_of(record) or math.inf) <= WORTHWHILE * untuned_s)
+    ]
+    # A record that another session confirmed is the better second choice.
+    others.sort(key=lambda record: verdicts.get(trace_key(record)) is not Verdict.CONFIRMED)
+    return [first, *others[:1]]

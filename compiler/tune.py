@@ -23,8 +23,9 @@ from hone.targets.target import Target
 from . import progress as progress_module
 from .database import Database
 from .errors import InterruptError, OutOfTimeError, UsageError
+from .records import Verdict
 from .tune_session import Session, interrupts, search
-from .tune_tasks import extract
+from .tune_tasks import extract, untuned_model
 
 LONGEST_TEMPORARY_PATH = 48
 
@@ -48,6 +49,10 @@ class TunedKernel:
         Its best record before and after the session.
     trials, failed : int
         Candidates tried in this session, and how many of them failed.
+    model_ms : float or None
+        Of all its calls in one run of the untuned model; None when that did not run.
+    verdict : Verdict or None
+        What became of its record inside the model; None when it was not tried there.
     """
 
     name: str
@@ -57,6 +62,8 @@ class TunedKernel:
     after_ms: float | None
     trials: int
     failed: int
+    model_ms: float | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,9 @@ class TuneResult:
         Kernels given up; their records so far are kept.
     exhausted : bool
         Whether every search space was searched to its end before the time was over.
+    model_speedup : float or None
+        How many times faster the whole model is with the records that stay; None when none does,
+        or that was not tried.
     """
 
     trials: int
@@ -102,6 +112,7 @@ class TuneResult:
     first_record_s: float | None
     quarantined: tuple[Quarantined, ...]
     exhausted: bool
+    model_speedup: float | None = None
 
 
 def tune(
@@ -118,6 +129,9 @@ def tune(
     watchdog_s: float = WATCHDOG_S,
 ) -> TuneResult:
     """Search better schedules for the kernels of a module, for a given time.
+
+    The last part of it is for the running model: a record that is better in isolation stays only
+    if it is better there as well; the database remembers.
 
     Parameters
     ----------
@@ -156,7 +170,7 @@ def tune(
         If the target's code does not run here, another process writes the database, or there is
         no kernel of a given name (exit 2).
     OutOfTimeError
-        If the session ends without a valid record (exit 11).
+        If the database has no valid record for any kernel of the module at the end (exit 11).
     InterruptError
         If SIGINT arrives; everything measured is in the database (exit 130).
     """
@@ -180,10 +194,9 @@ def tune(
     ):
         for warning in database.warnings:
             progress.log(f"warning: {warning}")
+        rule = untuned or ScheduleModule(Machine.of(target, threads))
         session = Session(
-            tasks=extract(
-                module, database, untuned or ScheduleModule(Machine.of(target, threads)), tasks
-            ),
+            tasks=extract(module, database, rule, tasks),
             database=database,
             target=target,
             threads=threads,
@@ -192,6 +205,7 @@ def tune(
             budget_s=budget_s,
             watchdog_s=watchdog_s,
             log=progress.log,
+            model=folder / "model.json",
         )
 
         def show() -> None:
@@ -199,6 +213,9 @@ def tune(
 
         interrupted = False
         if session.tasks:
+            session.model.write_text(
+                tvm.ir.save_json(untuned_model(module, rule)), encoding="utf-8"
+            )
             interrupted = search(session, folder, Path(sockets), interrupt, show)
         else:
             session.exhausted = True
@@ -209,8 +226,7 @@ def tune(
             where=str(database.folder),
             hint="run the same command again: it goes on from there.",
         )
-    complete = session.exhausted and any(task.best_s is not None for task in session.tasks)
-    if session.tasks and session.records == 0 and not complete:
+    if session.tasks and all(task.best_s is None for task in session.tasks):
         raise _nothing_found(session)
     return _result(session)
 
@@ -259,6 +275,8 @@ def _result(session: Session) -> TuneResult:
                 after_ms=_ms(task.best_s),
                 trials=task.trials,
                 failed=task.failed,
+                model_ms=_ms(task.model_s),
+                verdict=task.verdict,
             )
             for task in session.tasks
         ),
@@ -269,4 +287,5 @@ def _result(session: Session) -> TuneResult:
             for position, reason in session.quarantined.items()
         ),
         exhausted=session.exhausted,
+        model_speedup=session.speedup,
     )

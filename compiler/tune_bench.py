@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -70,12 +71,17 @@ class Bench:
     """
 
     def __init__(self, *, workers: int, build_timeout_s: float, run_timeout_s: float) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["hone.tune_builder"])
+        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["hone.tune_builder", "hone.tune_model"])
         forkserver.ensure_running()  # it imports TVM while the caller does
         self._workers = workers
         self._build_timeout_s = build_timeout_s
         self._run_timeout_s = run_timeout_s
+
+    @property
+    def context(self) -> ForkServerContext:
+        """Where warm processes come from."""
+        return self._context
 
     def measure(self, jobs: Sequence[Job], deadline: float) -> Iterator[Outcome]:
         """Yield the outcome of each candidate as soon as it is known.

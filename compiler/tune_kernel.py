@@ -6,11 +6,11 @@ its parts, the design space, the evolutionary search and the cost model, are dri
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import tvm
@@ -21,8 +21,8 @@ from tvm.s_tir.meta_schedule import _ffi_api
 
 from hone.targets.schedule.machine import Machine
 
-from . import journal
 from .reason import reason_of
+from .records import trace_key
 from .replay import REFUSALS, ReplayError, parse
 from .tune_variants import template_candidates
 
@@ -87,17 +87,6 @@ def make_context(
     )
     _ffi_api.TuneContextInitialize(context)
     return context
-
-
-def trace_key(record: list[Any]) -> str:
-    """Return what tells a kernel's candidates apart.
-
-    Parameters
-    ----------
-    record : list
-        JSON of a ``TuningRecord``.
-    """
-    return hashlib.sha256(journal.dumps(record[0])).hexdigest()
 
 
 def _result(seconds: tuple[float, ...]) -> ms.runner.RunnerResult:
@@ -188,25 +177,24 @@ class KernelSearch:
         self._context: ms.TuneContext | None = None
         self._lessons: list[tuple[ms.MeasureCandidate, tuple[float, ...]]] = []
         self._seen: set[int] = set()
-        self._queue: list[list[ms.MeasureCandidate]] = []
-        self._enqueue(template_candidates(module, machine))
+        self._queue = self._new(template_candidates(module, machine))
 
-    def _enqueue(self, candidates: Iterable[ms.MeasureCandidate]) -> None:
-        """Queue what is new of some candidates: small spaces give the same one over and over."""
-        new = []
+    def _new(self, candidates: Iterable[ms.MeasureCandidate]) -> Iterator[ms.MeasureCandidate]:
+        """Yield what is new of some candidates: small spaces give the same one over and over."""
         for candidate in candidates:
             key = tvm_ffi.structural_hash(candidate.sch.mod)
             if key not in self._seen and not self.known(candidate):
-                new.append(candidate)
+                yield candidate
             self._seen.add(key)
-        self._queue += [new[i : i + self._batch] for i in range(0, len(new), self._batch)]
 
     def propose(self) -> Proposal:
         """Return the next candidates; none when the space is exhausted."""
-        if not self._queue and self._context is None and not self.refusal:
+        candidates = list(islice(self._queue, self._batch))
+        if not candidates and self._context is None and not self.refusal:
             self._open()
-        if self._queue:
-            return Proposal(candidates=self._queue.pop(0), bred=False)
+            candidates = list(islice(self._queue, self._batch))
+        if candidates:
+            return Proposal(candidates=candidates, bred=False)
         if self._context is None:
             return Proposal(candidates=[], bred=False)
         bred = self._context.generate_measure_candidates()
@@ -236,7 +224,7 @@ class KernelSearch:
         strategy = ms.search_strategy.ReplayTrace()
         context = make_context(self._module, self._target, strategy, seed=self._seed)
         context.pre_tuning(self._batch, self._batch, spaces, self._database, self._model)
-        self._enqueue(context.generate_measure_candidates() or ())
+        self._queue = self._new(context.generate_measure_candidates() or ())
 
     def known(self, candidate: ms.MeasureCandidate) -> tuple[float, ...]:
         """Return the seconds that were measured for a candidate before; empty when none were."""

@@ -29,25 +29,35 @@ def estimate_s(flops: float, moved_bytes: float) -> float:
     return flops / FLOPS_PER_S + moved_bytes / BYTES_PER_S
 
 
+UNTRIED = 4.0
+"""What the claim of a kernel without a turn is multiplied by where shares of the model are known:
+the first candidates, those of the templates, bring the most."""
+
+
 @dataclass
 class _Claim:
     seconds: float
     calls: int
+    model_s: float | None = None
+    first_s: float | None = None
     measured: bool = False
     batches: int = 0
     stale: int = 0
     done: bool = False
 
     def share(self) -> float:
-        return self.seconds * self.calls
+        if self.model_s is None:
+            return self.seconds * self.calls
+        return self.model_s * (self.seconds / self.first_s if self.first_s else 1.0)
 
 
 class Order:
-    """Turns of the kernels: each gets one early, then turns go by the time that is at stake.
+    """Turns of the kernels: by the time that is at stake.
 
-    After the first round a kernel's claim is ``time x calls x 0.5^stale / turns`` (the highest
-    averages method, with a penalty for batches that found nothing better); the largest claim is
-    next. Deterministic.
+    A kernel's claim is ``time x calls x 0.5^stale / turns`` (the highest averages method, with a
+    penalty for batches that found nothing better); the largest claim is next. Where the kernels
+    were timed inside the model, that is the time, less what candidates have saved since; a kernel
+    without a turn claims `UNTRIED` times as much. Otherwise each gets one early. Deterministic.
 
     Parameters
     ----------
@@ -55,12 +65,21 @@ class Order:
         Guess of each kernel's seconds per call.
     calls : sequence of int
         How often the model calls it.
+    model_s : sequence of float, optional
+        Seconds of all calls of each in one run of the untuned model.
     """
 
-    def __init__(self, estimates_s: Sequence[float], calls: Sequence[int]) -> None:
+    def __init__(
+        self,
+        estimates_s: Sequence[float],
+        calls: Sequence[int],
+        model_s: Sequence[float] | None = None,
+    ) -> None:
+        self._measured = model_s is not None
+        shares = model_s if model_s is not None else [None] * len(calls)
         self._claims = [
-            _Claim(seconds=seconds, calls=count)
-            for seconds, count in zip(estimates_s, calls, strict=True)
+            _Claim(seconds=seconds, calls=count, model_s=share)
+            for seconds, count, share in zip(estimates_s, calls, shares, strict=True)
         ]
 
     def next(self) -> int | None:
@@ -69,12 +88,12 @@ class Order:
         if not alive:
             return None
         fresh = [i for i in alive if self._claims[i].batches == 0]
-        if fresh:
+        if fresh and not self._measured:
             return max(fresh, key=lambda i: (self._claims[i].share(), -i))
 
         def claim(i: int) -> float:
             kernel = self._claims[i]
-            return kernel.share() * STALE**kernel.stale / kernel.batches
+            return kernel.share() * STALE**kernel.stale / (kernel.batches or 1 / UNTRIED)
 
         return max(alive, key=lambda i: (claim(i), -i))
 
@@ -96,6 +115,7 @@ class Order:
         claim = self._claims[kernel]
         better = not claim.measured or seconds < WORTH_NOTING * claim.seconds
         claim.seconds = min(seconds, claim.seconds) if claim.measured else seconds
+        claim.first_s = claim.first_s or seconds
         claim.measured = True
         return better
 

@@ -23,7 +23,7 @@ from hone.targets.target import Target
 
 from .database import Database
 from .errors import HoneError
-from .records import seconds_of
+from .records import Verdict, seconds_of
 from .tune_child import Child
 from .tune_tasks import Task
 
@@ -39,6 +39,10 @@ RUN_TIMEOUT_S = 10.0
 
 TICK_S = 0.25
 """How often the progress moves while nothing happens."""
+
+CONFIRM_SHARE = 0.15
+CONFIRM_MOST_S = 25.0
+"""How much of the budget the trial inside the model may take: a share, and at most so long."""
 
 START_ATTEMPTS = 2
 """Children that may die before their first kernel; then it is not a kernel's fault."""
@@ -68,6 +72,8 @@ class Session:
         Seconds of silence after which a child is replaced.
     log : callable
         Says a line to the user.
+    model : Path
+        File with the JSON of the whole model as it is without records.
     quarantined : dict
         Position of a kernel to why it was given up.
     records : int
@@ -78,6 +84,9 @@ class Session:
         Whether the child searched every space to its end.
     current : int or None
         The kernel that the child works on.
+    speedup : float or None
+        How many times faster the whole model is with the confirmed records; None when it was not
+        tried, or none is confirmed.
     """
 
     tasks: list[Task]
@@ -89,11 +98,13 @@ class Session:
     budget_s: float
     watchdog_s: float
     log: Callable[[str], None]
+    model: Path
     quarantined: dict[int, str] = field(default_factory=dict)
     records: int = 0
     first_record_s: float | None = None
     exhausted: bool = False
     current: int | None = None
+    speedup: float | None = None
 
     @property
     def deadline(self) -> float:
@@ -125,6 +136,16 @@ class Session:
             self.exhausted = bool(message["exhausted"])
             self.current = None
             return
+        if kind == "say":
+            self.log(str(message["text"]))
+            return
+        if kind == "profile":
+            for task, seconds in zip(self.tasks, message["seconds"], strict=True):
+                task.model_s = seconds
+            return
+        if kind == "verdicts":
+            self._judge(message)
+            return
         position = int(message["task"])
         task = self.tasks[position]
         if kind == "turn":
@@ -152,6 +173,30 @@ class Session:
             self.log(f"{task.name}: only its template was searched: {message['reason']}")
         elif kind == "quarantine":
             self.quarantine(position, message["reason"])
+
+    def _judge(self, message: dict[str, Any]) -> None:
+        """Write down what became of the records inside the model."""
+        self.speedup = message["speedup"]
+        for trial in message["trials"]:
+            task = self.tasks[int(trial["task"])]
+            verdict = Verdict.CONFIRMED if trial["kept"] else Verdict.REJECTED
+            self.database.add_verdict(
+                task.key,
+                name=task.name,
+                record=trial["record"],
+                verdict=verdict,
+                model_s=trial["seconds"],
+                model_untuned_s=trial["untuned_s"],
+            )
+            if task.verdict is not Verdict.CONFIRMED:
+                task.verdict = verdict
+        kept = sum(bool(trial["kept"]) for trial in message["trials"])
+        kernels = len({trial["task"] for trial in message["trials"]})
+        self.log(
+            f"inside the model the records of {kept} of {kernels} kernels are faster"
+            + (f": {self.speedup:.2f} times as fast as a whole" if self.speedup else "")
+            + "; the others stay untuned"
+        )
 
     def detail(self) -> str:
         """Say where the session stands, in a few words."""
@@ -181,14 +226,19 @@ class Session:
             "folder": str(folder),
             "build_timeout_s": min(max(self.budget_s / 10, BUILD_TIMEOUT_S[0]), BUILD_TIMEOUT_S[1]),
             "run_timeout_s": RUN_TIMEOUT_S,
+            "model": str(self.model),
+            "confirm_s": min(CONFIRM_SHARE * self.budget_s, CONFIRM_MOST_S),
             "tasks": [
                 {
                     "name": task.name,
+                    "names": task.names,
                     "module": task.module,
                     "untuned": task.untuned_module,
                     "calls": task.calls,
                     "estimate_s": task.estimate_s,
                     "records": self.database.records(task.key),
+                    "verdicts": self.database.verdicts(task.key),
+                    "untuned_s": self.database.untuned_s(task.key),
                     "quarantined": position in self.quarantined,
                 }
                 for position, task in enumerate(self.tasks)

@@ -14,7 +14,7 @@ from tvm.s_tir.analysis import estimate_tir_flops
 
 from .database import Database
 from .errors import UsageError
-from .records import kernels, seconds_of, workload_module
+from .records import Verdict, kernels, seconds_of, workload_module
 from .tune_order import estimate_s
 
 
@@ -30,6 +30,8 @@ class Task:
         How often the model calls it and its equals.
     workload : list
         JSON of MetaSchedule's ``Workload``: hash and module.
+    names : list of str
+        Of the kernel and its equals.
     module, untuned_module : str
         JSON of the module, unscheduled and as it is without a record.
     estimate_s : float
@@ -40,10 +42,15 @@ class Task:
         Candidates tried, and how many failed.
     failure : str
         Why the last one did.
+    model_s : float or None
+        Seconds of all its calls in one run of the untuned model.
+    verdict : Verdict or None
+        Of this session, on the record that the kernel is compiled with, else on its best one.
     """
 
     name: str
     calls: int
+    names: list[str]
     workload: list[Any]
     module: str
     untuned_module: str
@@ -54,6 +61,8 @@ class Task:
     trials: int = 0
     failed: int = 0
     failure: str = ""
+    model_s: float | None = None
+    verdict: Verdict | None = None
 
     @property
     def key(self) -> str:
@@ -126,12 +135,14 @@ def extract(
         filed = [str(filed[0]), str(filed[1])]
         if filed[0] in found:
             found[filed[0]].calls += calls.get(name, 1)
+            found[filed[0]].names.append(name)
             continue
         records = database.records(filed[0])
         before_s = seconds_of(records[0]) if records else None
         found[filed[0]] = Task(
             name=name,
             calls=calls.get(name, 1),
+            names=[name],
             workload=filed,
             module=tvm.ir.save_json(workload),
             untuned_module=tvm.ir.save_json(untuned(workload)),
@@ -140,3 +151,23 @@ def extract(
             best_s=before_s,
         )
     return list(found.values())
+
+
+def untuned_model(
+    module: tvm.IRModule, untuned: Callable[[tvm.IRModule], tvm.IRModule]
+) -> tvm.IRModule:
+    """Return a module with every kernel scheduled as it is without a record.
+
+    Parameters
+    ----------
+    module : IRModule
+        Lowered; not changed.
+    untuned : callable
+        Schedules a workload.
+    """
+    functions = dict(module.functions.items())
+    variables = {variable.name_hint: variable for variable in functions}
+    for name, func in kernels(module).items():
+        scheduled = untuned(workload_module(func))["main"]
+        functions[variables[name]] = scheduled.with_attr("global_symbol", name)
+    return tvm.IRModule(functions, attrs=module.attrs)

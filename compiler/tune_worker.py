@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import sys
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,21 @@ from hone.targets.schedule.machine import Machine
 
 from . import journal
 from .reason import reason_of
+from .records import Verdict, contenders, seconds_of, trace_key
 from .replay import REFUSALS
 from .tune_bench import Bench
 from .tune_builder import Job, die_with_parent
 from .tune_kernel import KernelSearch, cores
+from .tune_model import Candidates
 from .tune_order import Order
+from .tune_whole import WholeModel
 
 WARM_MODEL = 24
 """Measured candidates from which on the cost model is believed (TVM: 100)."""
+
+PROFILE_SHARE = 0.2
+PROFILE_MOST_S = 30.0
+"""How much of the time may pass until the untuned model has run: a share, and at most so long."""
 
 
 class Kernel:
@@ -49,7 +58,12 @@ class Kernel:
     def __init__(self, task: dict[str, Any], target: dict[str, Any], reference: Path) -> None:
         self.module = tvm.ir.load_json(task["module"])
         self.untuned = str(task["untuned"])
+        self.name = str(task["name"])
+        self.names = tuple(task["names"])
         self.records: list[Any] = task["records"]
+        self._verdicts = {key: Verdict(verdict) for key, verdict in task["verdicts"].items()}
+        self._known_untuned_s: float | None = task["untuned_s"]
+        self._workload = str(task["module"])
         self.reference: str | None = str(reference)
         self.untuned_s: float | None = None
         self.best_s: float | None = None
@@ -65,6 +79,22 @@ class Kernel:
     def is_untuned(self, candidate: ms.MeasureCandidate) -> bool:
         """Say whether a candidate is the untuned schedule."""
         return bool(tvm_ffi.structural_hash(candidate.sch.mod["main"]) == self._untuned_key)
+
+    def contenders(self) -> list[Any]:
+        """Return the records to try inside the model, best first; at most two."""
+        records = sorted(self.records, key=lambda record: seconds_of(record) or math.inf)
+        known = [s for s in (self._known_untuned_s, self.untuned_s) if s is not None]
+        return contenders(records, self._verdicts, min(known, default=None))
+
+    def is_settled(self, record: list[Any]) -> bool:
+        """Say whether a record was tried inside a model before."""
+        return trace_key(record) in self._verdicts
+
+    def candidates(self) -> Candidates:
+        """Return what the model's process has to know."""
+        return Candidates(
+            functions=self.names, module=self._workload, records=tuple(self.contenders())
+        )
 
     def job(self, module: str, *, save_reference: bool = False) -> Job:
         """Return the measurement of one scheduled form of this kernel."""
@@ -94,7 +124,9 @@ class Search:
     def __init__(self, link: Connection, request: dict[str, Any], bench: Bench) -> None:
         self._link = link
         self._bench = bench
-        self._deadline = float(request["deadline"])
+        self._started = time.monotonic()
+        self._last_s = float(request["deadline"])
+        self._deadline = self._last_s - float(request["confirm_s"])
         self._batch = int(request["batch"])
         self._seed = int(request["seed"])
         self._machine = Machine(**request["machine"])
@@ -104,16 +136,75 @@ class Search:
             Kernel(task, request["target"], Path(request["folder"], f"{position}.npz"))
             for position, task in enumerate(tasks)
         ]
-        self._order = Order([t["estimate_s"] for t in tasks], [t["calls"] for t in tasks])
+        self._whole = WholeModel(
+            bench.context, model=request["model"], target=json.dumps(request["target"])
+        )
+        self._order = Order(
+            [t["estimate_s"] for t in tasks], [t["calls"] for t in tasks], self._profile()
+        )
         for position, task in enumerate(tasks):
             if task["quarantined"]:
                 self._order.finish(position)
+        self._longest_proposal_s = 0.0
         self._database = ms.database.MemoryDatabase()
         # More threads make training on this little data slower, ten times so on a busy machine.
         self._model = ms.CostModel.create("xgb", num_tuning_cores=1, num_warmup_samples=WARM_MODEL)
 
+    def _profile(self) -> list[float] | None:
+        """Return the seconds of each kernel in one run of the untuned model, if it runs."""
+        patience = min(PROFILE_SHARE * (self._last_s - self._started), PROFILE_MOST_S)
+        times = self._whole.profile(self._started + patience)
+        if times is None:
+            self._say("say", text=f"the whole model could not be timed: {self._whole.failure}")
+            return None
+        seconds = [sum(times.get(n, 0.0) for n in kernel.names) for kernel in self._kernels]
+        self._say("profile", seconds=seconds)
+        return seconds
+
     def run(self) -> None:
-        """Search until every space is exhausted or the deadline has passed."""
+        """Search until every space is exhausted or the time is over; then try what was found."""
+        exhausted = self._search()
+
+        self._confirm()
+        self._whole.close()
+        self._say("done", exhausted=exhausted)
+
+    def _confirm(self) -> None:
+        """Try the best records inside the model, unless all of them have been tried before."""
+        kernels = {str(i): kernel for i, kernel in enumerate(self._kernels)}
+        offered = {i: kernel.candidates() for i, kernel in kernels.items()}
+        offered = {i: candidates for i, candidates in offered.items() if candidates.records}
+        news = any(
+            not kernels[i].is_settled(record)
+            for i, candidates in offered.items()
+            for record in candidates.records[:1]
+        )
+        if not news or self._whole.failure:
+            return
+        confirmed = self._whole.confirm(
+            offered, self._last_s, lambda text: self._say("say", text=text)
+        )
+        if confirmed is None:
+            reason = self._whole.failure or "too little time was left"
+            self._say("say", text=f"the records were not tried inside the model: {reason}")
+            return
+        self._say(
+            "verdicts",
+            speedup=None if confirmed.speedup is None else confirmed.speedup.ratio,
+            trials=[
+                {
+                    "task": int(trial.kernel),
+                    "record": trace_key(offered[trial.kernel].records[trial.candidate]),
+                    "kept": trial.kept,
+                    "seconds": trial.seconds,
+                    "untuned_s": trial.untuned_s,
+                }
+                for trial in confirmed.trials
+            ],
+        )
+
+    def _search(self) -> bool:
+        """Search; return whether every space was searched to its end."""
         while (position := self._order.next()) is not None:
             self._say("turn", task=position)
             try:
@@ -124,9 +215,8 @@ class Search:
                 self._order.finish(position)
                 continue
             if finished:
-                self._say("done", exhausted=False)
-                return
-        self._say("done", exhausted=True)
+                return False
+        return True
 
     def _turn(self, position: int) -> bool:
         """Do one batch of a kernel; return False when the time is over."""
@@ -145,7 +235,11 @@ class Search:
                 seed=(self._seed * 1009 + position) % (2**31 - 2) + 1,
             )
         search = kernel.search
+        started = time.monotonic()
+        if started + self._longest_proposal_s > self._deadline:
+            return False
         proposal = search.propose()
+        self._longest_proposal_s = max(self._longest_proposal_s, time.monotonic() - started)
         if not proposal.candidates:
             self._say("exhausted", task=position, reason=search.refusal)
             self._order.finish(position)
@@ -169,6 +263,7 @@ class Search:
                 kernel.untuned_s = mean  # the same code again, on a quieter machine
                 self._say("untuned", task=position, seconds=mean, reason="")
             record = search.record(proposal.candidates[i], outcome.seconds)
+            kernel.records.append(record)
             self._say("record", task=position, record=record)
         if outcomes < len(jobs):
             return False

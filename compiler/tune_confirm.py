@@ -1,0 +1,180 @@
+"""Decides which records stay, by clocks inside the running model.
+
+A kernel that runs in a loop of its own finds its weights and inputs in the caches and its threads
+awake; between its neighbours it does not. So every record has to beat the untuned kernel once more
+inside the model, and all of them together have to make the whole model faster. Nothing here knows
+TVM: what runs the model is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from .measure import Measurement, Outcome, Speedup
+
+UNTUNED, RECORD = "untuned", "record"
+"""The contenders of each kernel's measurement."""
+
+CONFIRMED, ALL = "confirmed", "all"
+"""The contenders of the whole model's measurement, beside `UNTUNED`."""
+
+Choice = Mapping[str, int]
+"""Kernel to the number of its candidate; a kernel that is missing is untuned."""
+
+
+class OutOfTime(Exception):  # noqa: N818 - not an error: the records stay unconfirmed
+    """What was asked for does not fit into the time that is left."""
+
+
+class Stage(Protocol):
+    """Something that runs the model with some of its kernels replaced.
+
+    Both methods raise `OutOfTime` when there is not enough of it.
+    """
+
+    def kernels(self, choice: Choice) -> Mapping[str, Measurement]:
+        """Time each kernel of a choice in the running model, in turns with the untuned model.
+
+        The contenders are `UNTUNED` and `RECORD`; a sample is all calls of one run. A kernel
+        whose candidate could not be built is missing.
+        """
+        ...
+
+    def whole(self, choices: Mapping[str, Choice]) -> Measurement:
+        """Time whole runs that nobody watches, one contender per choice."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One candidate of one kernel, inside the model.
+
+    Parameters
+    ----------
+    kernel : str
+        Its name.
+    candidate : int
+        Its number.
+    kept : bool
+        Whether it is to be used.
+    seconds, untuned_s : float
+        Of all its calls in one run, with and without the candidate.
+    """
+
+    kernel: str
+    candidate: int
+    kept: bool
+    seconds: float
+    untuned_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """The outcome of all trials.
+
+    Parameters
+    ----------
+    trials : tuple of Trial
+        What was tried; a kernel's first candidate before its second.
+    speedup : Speedup or None
+        Of the whole model with the kept candidates over the untuned one; None when none is kept.
+    """
+
+    trials: tuple[Trial, ...]
+    speedup: Speedup | None
+
+
+def _trial(kernel: str, candidate: int, measured: Measurement) -> Trial:
+    return Trial(
+        kernel=kernel,
+        candidate=candidate,
+        kept=measured.speedup(RECORD, over=UNTUNED).outcome is Outcome.FASTER,
+        seconds=measured.latency(RECORD).median_ms * 1e-3,
+        untuned_s=measured.latency(UNTUNED).median_ms * 1e-3,
+    )
+
+
+def confirm(
+    stage: Stage, candidates: Mapping[str, int], say: Callable[[str], None]
+) -> Confirmation:
+    """Try candidates inside the model.
+
+    Each kernel's best candidate is timed inside the model in turns with the untuned kernel, and
+    kept when it is faster outside noise; where it is not, the second one is tried, if time
+    permits. At last the whole model is timed with the kept ones, and with every kernel's best
+    one, since an instrument that watches kernels of a microsecond disturbs them. What makes the
+    whole model faster outside noise stays; otherwise nothing does.
+
+    Parameters
+    ----------
+    stage : Stage
+        Runs the model.
+    candidates : mapping of str to int
+        How many candidates each kernel has, best first.
+    say : callable
+        Is told what is going on.
+
+    Returns
+    -------
+    Confirmation
+
+    Raises
+    ------
+    OutOfTime
+        The time does not suffice for any conclusion.
+    """
+    firsts = dict.fromkeys(candidates, 0)
+    say(f"trying the records of {len(firsts)} kernels inside the model")
+    trials = {(k, 0): _trial(k, 0, measured) for k, measured in stage.kernels(firsts).items()}
+    chosen = {kernel: 0 for (kernel, _), trial in trials.items() if trial.kept}
+    seconds = {kernel: 1 for kernel, _ in trials if kernel not in chosen and candidates[kernel] > 1}
+    if seconds:
+        say(f"trying the second best records of {len(seconds)} kernels inside the model")
+        try:
+            for kernel, measured in stage.kernels({**chosen, **seconds}).items():
+                if kernel in seconds:
+                    trials[kernel, 1] = trial = _trial(kernel, 1, measured)
+                    if trial.kept:
+                        chosen[kernel] = 1
+        except OutOfTime:
+            say("no time is left for the second best records")
+    say("comparing the whole models")
+    everything = {kernel: chosen.get(kernel, 0) for kernel, _ in trials}
+    choices: dict[str, Choice] = {UNTUNED: {}}
+    if chosen:
+        choices[CONFIRMED] = chosen
+    if everything and everything != chosen:
+        choices[ALL] = everything
+    winner, speedup = _best(stage.whole(choices)) if len(choices) > 1 else (UNTUNED, None)
+    used = choices[winner]
+    return Confirmation(
+        trials=tuple(
+            Trial(
+                kernel=kernel,
+                candidate=candidate,
+                kept=used.get(kernel) == candidate,
+                seconds=trial.seconds,
+                untuned_s=trial.untuned_s,
+            )
+            for (kernel, candidate), trial in trials.items()
+        ),
+        speedup=speedup,
+    )
+
+
+def _best(measured: Measurement) -> tuple[str, Speedup | None]:
+    """Return the contender to keep: the confirmed one unless another is faster outside noise."""
+    faster = {
+        name: speedup
+        for name in measured.seconds
+        if name != UNTUNED
+        and (speedup := measured.speedup(name, over=UNTUNED)).outcome is Outcome.FASTER
+    }
+    if not faster:
+        return UNTUNED, None
+    winner = next(iter(faster))
+    if len(faster) > 1 and measured.speedup(ALL, over=CONFIRMED).outcome is Outcome.FASTER:
+        winner = ALL
+    return winner, faster[winner]
