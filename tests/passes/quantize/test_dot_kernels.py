@@ -270,3 +270,29 @@ def test_packed_weights_have_zeros_around_when_nothing_divides() -> None:
     dense = pack_dense(np.arange(1, 16, dtype=np.int8).reshape(3, 5), 2)
     assert dense.shape == (2, 2, 2, 4)
     assert dense[1, :, 0].ravel().tolist() == [11, 12, 13, 14, 15, 0, 0, 0]
+
+
+def test_requantization_stays_in_vectors_when_compiled_for_vnni() -> None:
+    target = FORMS["vnni_512"][0]
+    case = CONVS[0]
+    weight = np.ones((case.filters[0], 3, 3, case.shape[3]), np.int8)
+    types = [(case.shape, "uint8"), ((32,), "int32"), ((32,), "float32"), ((5,), "int32")]
+    types += [((1, 6, 7, 32), "uint8"), ((1,), "float32")]
+    params = [relax.Var(f"p{i}", relax.TensorType(*type)) for i, type in enumerate(types)]
+    data, bias, multiplier, levels, *rest = params
+    bb = relax.BlockBuilder()
+    with bb.function("main", params):
+        with bb.dataflow():
+            call = operators.conv2d_int8(
+                data, relax.const(weight), bias, multiplier, levels, *rest, padding=(1,) * 4
+            )
+            out = bb.emit_output(call)
+        bb.emit_func_output(out)
+    lowered = pipeline.lower(bb.get(), target, threads=1)
+    scheduled = pipeline.schedule(lowered, target, threads=1)
+    executable = pipeline.build_executable(scheduled.module, target, threads=1)
+    (library,) = (m for m in executable.mod.imports if m.kind == "llvm")
+    assembly = library.inspect_source("asm").splitlines()
+    words = {line.split()[0] for line in assembly if line.startswith("\t")}
+    assert {"vpdpbusd", "vrndscaleps", "vcvttps2dq", "vpmovdb"} <= words
+    assert not words & {"vcvttss2si", "vpextrd", "vpextrb", "vmulss", "vpmulld", "vpmaddwd"}
