@@ -278,6 +278,11 @@ def _report_hits(scheduled: pipeline.Scheduled, *, locked: bool, progress: Progr
         )
     share = f"{100 * scheduled.hits / total:.0f}%" if total else "no kernels"
     progress.log(f"tuning records: {scheduled.hits} of {total} kernels ({share})")
+    if scheduled.rejected:
+        progress.log(
+            f"records of {len(scheduled.rejected)} kernels are not used: they were faster in "
+            "isolation and not inside the model"
+        )
     for failure in scheduled.failed:
         progress.log(f"tuning record not usable, compiled untuned: {failure}")
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,12 +33,16 @@ from .peers import Peer
 from .profile import Profile, profile_compiled
 from .progress import Progress, silent
 from .recipe import Int8Step, PruneStep, Recipe, SplitStep, TuneStep
+from .records import Verdict as RecordVerdict
 from .reference import reference
 from .report import html
 from .report.schema import Latency, Report, Verdict
 from .report.schema import Peer as PeerRow
 from .roofline import of_this_machine
 from .summary import Judged, Version, summarize
+
+if TYPE_CHECKING:
+    from .tune import TuneResult
 
 RANDOM_SAMPLES = 8
 PROFILE_S = 0.5
@@ -174,10 +179,10 @@ class _Build:
             tuned=tuned,
         )
 
-    def tune(self, model: Model, seconds: float) -> str | None:
-        """Search for schedules; return why there are none, or None."""
+    def tune(self, model: Model, seconds: float) -> TuneResult | str:
+        """Search for schedules; return what was found, or why the database has none."""
         try:
-            driver.search(
+            return driver.search(
                 model,
                 self.target,
                 threads=self.threads,
@@ -187,7 +192,6 @@ class _Build:
             )
         except OutOfTimeError as error:
             return error.message
-        return None
 
     # ---------------------------------------------------------------- steps
 
@@ -223,14 +227,14 @@ class _Build:
         if not seconds or not self.measurable:
             return []
         started = time.monotonic()
-        failure = self.tune(self.model, seconds)
+        found = self.tune(self.model, seconds)
         version = self.version(f"baseline tuned ({seconds:g} s)", self.model, tuned=True)
         return [
             Judged(
                 name=version.name,
                 version=version,
                 verdict=Verdict.BASELINE,
-                reason=failure or "for comparison",
+                reason=f"for comparison; {found if isinstance(found, str) else _found(found)}",
                 seconds=time.monotonic() - started,
                 settings={"seconds": seconds},
             )
@@ -257,8 +261,10 @@ class _Build:
         if isinstance(step, TuneStep):
             if not self.measurable:
                 return "no device"
-            failure = self.tune(kept.model, self.recipe.tune_seconds(step))
-            return failure or steps.Candidate(model=kept.model, precision=kept.precision)
+            found = self.tune(kept.model, self.recipe.tune_seconds(step))
+            if isinstance(found, str):
+                return found
+            return steps.Candidate(model=kept.model, precision=kept.precision, note=_found(found))
         if kept.precision != "fp32":
             return f"{step.kind} works on fp32, and the model is {kept.precision} already"
         if isinstance(step, PruneStep):
@@ -444,6 +450,24 @@ class _Build:
             return None
         quality, _ = evaluate(reference(self.model, threads=self.threads).run, self.evaluation)
         return quality.accuracy
+
+
+def _found(result: TuneResult) -> str:
+    """Say what a tuning session brought, new records or those that were there before."""
+    if result.records:
+        text = f"{result.records} new records"
+    else:
+        covered = sum(kernel.after_ms is not None for kernel in result.kernels)
+        text = (
+            f"no new record in {result.elapsed_s:.0f} s, "
+            f"the database covers {covered} of {len(result.kernels)} kernels"
+        )
+    confirmed = sum(kernel.verdict is RecordVerdict.CONFIRMED for kernel in result.kernels)
+    if confirmed:
+        return f"{text}, {confirmed} kernels are faster inside the model"
+    if any(kernel.verdict is not None for kernel in result.kernels):
+        return f"{text}, none makes the model faster"
+    return text
 
 
 def _speed(speedup: Speedup) -> str:

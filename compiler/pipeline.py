@@ -169,12 +169,15 @@ class Scheduled:
         Kernels that the database knows nothing about; all of them without a database.
     failed : tuple of str
         Kernels whose tuning record could not be applied, with the reason.
+    rejected : tuple of str
+        Kernels that stay untuned because no record was faster inside a running model.
     """
 
     module: tvm.IRModule
     decisions: tuple[Decision, ...]
     untuned: tuple[str, ...]
     failed: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
 
     @property
     def hits(self) -> int:
@@ -188,17 +191,25 @@ def schedule(
     """Schedule every function: by its tuning record where there is one, else by rule."""
     decisions: list[Decision] = []
     failed: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
     untuned: tuple[str, ...] | None = None
     if database is not None:
         applied = database.apply(lowered)
         lowered = applied.module
         untuned = applied.misses
         failed = tuple(f"{kernel}: {reason}" for kernel, reason in applied.failed)
+        rejected = applied.rejected
     rule = ScheduleModule(Machine.of(target, threads), on_decision=decisions.append)
     module = rule(lowered)
     if untuned is None:
         untuned = tuple(decision.kernel for decision in decisions)
-    return Scheduled(module=module, decisions=tuple(decisions), untuned=untuned, failed=failed)
+    return Scheduled(
+        module=module,
+        decisions=tuple(decisions),
+        untuned=untuned,
+        failed=failed,
+        rejected=rejected,
+    )
 
 
 def finalize_stages() -> tuple[Stage, ...]:
