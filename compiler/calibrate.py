@@ -8,15 +8,17 @@ ranges do not depend on the target. With a cache, known results are not computed
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 import numpy as np
 
 from hone.passes.apply import apply
+from hone.passes.quantize.bias_correction import InputMeans, MeanObserver
 from hone.passes.quantize.calibrator import Calibrator
 from hone.passes.quantize.observe_tensors import STATISTICS, ObserveTensors
 from hone.passes.quantize.observer import Range
+from hone.passes.quantize.qparams import QParams
 from hone.passes.quantize.quantize_int8 import observed_tensors
 
 from . import fingerprint
@@ -95,6 +97,92 @@ def calibrate(
     if cache:
         cache.save(key, {n: np.array([r.minimum, r.maximum]) for n, r in ranges.items()})
     return ranges
+
+
+def channel_ranges(
+    model: Model,
+    dataset: Dataset,
+    names: Sequence[str],
+    *,
+    threads: int,
+    cache: CalibrationCache | None = None,
+    progress: Progress | None = None,
+) -> dict[str, tuple[Range, ...]]:
+    """Return the smallest and largest value of each channel, for `hone.passes.quantize.equalize`.
+
+    Parameters
+    ----------
+    model : Model
+        As for `calibrate`.
+    dataset : Dataset
+        Checked already.
+    names : sequence of str
+        Tensors of the module.
+    threads, cache, progress
+        As for `calibrate`.
+
+    Returns
+    -------
+    dict of str to tuple of Range
+        Tensor name → one range for each index of the last axis.
+
+    Raises
+    ------
+    ModelError
+        A tensor holds NaN or infinity: names the first such tensor and the sample.
+    """
+    if not names:
+        return {}
+    progress = progress or silent()
+    key = cache_key(model, dataset, {"channels of": list(names)}) if cache else {}
+    extremes = cache.load(key) if cache else None
+    if extremes is None:
+        extremes = {}
+        with progress.task("calibrate channels", total=len(dataset)) as task:
+            for index, name, (low, high) in _extremes(model, dataset, names, threads):
+                before = extremes.get(name, (low, high))
+                extremes[name] = np.stack([np.minimum(before[0], low), np.maximum(before[1], high)])
+                task.update(completed=index)
+            task.update(completed=len(dataset))
+        if cache:
+            cache.save(key, extremes)
+    return {
+        name: tuple(Range(minimum=float(a), maximum=float(b)) for a, b in values.T)
+        for name, values in extremes.items()
+    }
+
+
+def input_means(
+    model: Model,
+    dataset: Dataset,
+    qparams: Mapping[str, QParams],
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> dict[str, InputMeans]:
+    """Return the means of layers' inputs before and after quantization, for bias correction.
+
+    Parameters
+    ----------
+    model : Model
+        As for `calibrate`.
+    dataset : Dataset
+        That gave the ranges: finite throughout.
+    qparams : mapping of str to QParams
+        From `hone.passes.quantize.quantize_int8.weighted_inputs`.
+    threads, progress
+        As for `calibrate`.
+    """
+    if not qparams:
+        return {}
+    progress = progress or silent()
+    observers = {name: MeanObserver(layer=name, qparams=q) for name, q in qparams.items()}
+    with progress.task("calibrate means", total=len(dataset)) as task:
+        for index, name, values in _values(model, dataset, list(qparams), threads):
+            observers[name].update(values)
+            task.update(completed=index)
+        task.update(completed=len(dataset))
+    return {name: watcher.means for name, watcher in observers.items()}
 
 
 def check_calibration_data(dataset: Dataset, *, allow_random: bool) -> None:

@@ -124,16 +124,12 @@ def _output_levels(site: Site, output: QParams) -> list[int]:
 def _weighted(
     site: Site, inputs: tuple[QParams, ...], output: QParams | None
 ) -> IntegerLayer | str:
-    weight, data = site.weight, inputs[0]
-    channels = weight.shape[0]
-    flat = weight.reshape(channels, -1).astype(np.float64)
+    data = inputs[0]
+    channels = site.weight.shape[0]
     bias = np.zeros(channels) if site.bias is None else site.bias
     data_scale = float(data.scale)
-    scale = _weight_scale(flat, bias, data_scale, site.layer)
-    qparams = QParams(
-        scale=scale, zero_point=np.zeros(channels, np.int32), type=INT8, granularity=PerAxis(axis=0)
-    )
-    levels = quantize(weight, qparams)
+    levels, weights = quantize_weights(site, data)
+    scale = weights.scale
     sums = levels.reshape(channels, -1).astype(np.int64)
     step = data_scale * scale.astype(np.float64)
     bias_levels = np.rint(bias / step) - int(data.zero_point) * sums.sum(1)
@@ -165,6 +161,34 @@ def _weighted(
         levels=np.array(layer_levels, np.int32),
         residual_multiplier=residual,
     )
+
+
+def quantize_weights(site: Site, data: QParams) -> tuple[np.ndarray, QParams]:
+    """Return the levels of a site's weights and how they are quantized.
+
+    Parameters
+    ----------
+    site : Site
+        A convolution or matrix product.
+    data : QParams
+        Of its input; with the bias it decides how far a scale is widened.
+
+    Returns
+    -------
+    tuple of ndarray and QParams
+        int8, the shape of ``site.weight``; symmetric per output channel.
+    """
+    weight = site.weight
+    channels = weight.shape[0]
+    flat = weight.reshape(channels, -1).astype(np.float64)
+    bias = np.zeros(channels) if site.bias is None else site.bias
+    qparams = QParams(
+        scale=_weight_scale(flat, bias, float(data.scale), site.layer),
+        zero_point=np.zeros(channels, np.int32),
+        type=INT8,
+        granularity=PerAxis(axis=0),
+    )
+    return quantize(weight, qparams), qparams
 
 
 def _weight_scale(flat: np.ndarray, bias: np.ndarray, data_scale: float, layer: str) -> np.ndarray:

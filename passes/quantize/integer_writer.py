@@ -36,6 +36,8 @@ class IntegerWriter:
     ----------
     conversions : list of str
         Names of the conversions written so far.
+    results : dict of Var to str
+        Result of each site → name of the variable that carries it in the integer function.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class IntegerWriter:
         self._levels: dict[relax.Var, relax.Var] = {}
         self._float = self._read_as_float()
         self.conversions: list[str] = []
+        self.results: dict[relax.Var, str] = {}
 
     def _read_as_float(self) -> set[relax.Var]:
         """Return the variables that something reads as real numbers."""
@@ -83,8 +86,10 @@ class IntegerWriter:
         call = _operator(site, self._layers[site.output], inputs)
         if site.levels:
             self._set_levels(site.output, call, site.layer)
+            result = self._levels[site.output]
         else:
-            self._rebuilder.bind(site.output, call)
+            result = self._rebuilder.bind(site.output, call)
+        self.results[site.output] = str(result.name)
 
     def _set_levels(self, var: relax.Var, value: relax.Expr, name: str) -> None:
         """Bind levels, and their real values where something reads those."""

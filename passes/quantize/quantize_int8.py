@@ -19,11 +19,12 @@ from tvm import relax
 from hone.errors import ModelError, UsageError
 from hone.passes.graph.dataflow import Dataflow, layer_of
 
+from .bias_correction import InputMeans, correct_bias
 from .integer_layer import IntegerLayer, quantize_layer
 from .integer_writer import IntegerWriter
 from .observer import Range
 from .qparams import UINT8, QParams, choose_qparams
-from .site import Kind, Skipped, Survey
+from .site import WEIGHTED, Kind, Skipped, Survey
 from .survey import survey
 
 
@@ -41,12 +42,22 @@ class QuantizedLayer:
         Binding names of all layers that it computes: with it a residual addition, an activation.
     output : str
         ``uint8``, or ``float32`` where only float operators read it.
+    tensor : str or None
+        Name of the variable that carries the result in the float module; None where the model came
+        in integers.
+    result : str or None
+        Name of the variable that carries it in the integer module; None as well.
+    qparams : QParams or None
+        What the levels of the result mean; None where it is float.
     """
 
     layer: str
     kind: Kind
     layers: tuple[str, ...]
     output: str
+    tensor: str | None = None
+    result: str | None = None
+    qparams: QParams | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +107,31 @@ def observed_tensors(module: tvm.IRModule, *, keep_float: Collection[str] = ()) 
     return tuple(names)
 
 
-def quantize_int8(
+def weighted_inputs(
     module: tvm.IRModule, ranges: Mapping[str, Range], *, keep_float: Collection[str] = ()
+) -> dict[str, QParams]:
+    """Return how the inputs of convolutions and matrix products will be quantized, by name.
+
+    Parameters
+    ----------
+    module, ranges, keep_float
+        As for `quantize_int8`.
+    """
+    found = survey(module["main"], keep_float=keep_float)
+    levels = _choose_levels(module["main"], found, ranges)
+    return {
+        str(site.inputs[0].name): levels[site.inputs[0]]
+        for site in found.sites
+        if site.kind in WEIGHTED
+    }
+
+
+def quantize_int8(
+    module: tvm.IRModule,
+    ranges: Mapping[str, Range],
+    *,
+    keep_float: Collection[str] = (),
+    means: Mapping[str, InputMeans] | None = None,
 ) -> Quantization:
     """Quantize a module and report what was done.
 
@@ -109,6 +143,8 @@ def quantize_int8(
         Tensor name → range, for every name of `observed_tensors`.
     keep_float : collection of str
         Binding names of layers that must stay in float.
+    means : mapping of str to InputMeans, optional
+        For every name of `weighted_inputs`: corrects biases, see `bias_correction`.
 
     Raises
     ------
@@ -133,6 +169,8 @@ def quantize_int8(
         reasons: dict[str, str] = {}
         for site in found.sites:
             inputs = tuple(qparams[x] for x in site.inputs)
+            if means is not None and site.kind in WEIGHTED:
+                site = correct_bias(site, inputs[0], means[str(site.inputs[0].name)])
             layer = quantize_layer(site, inputs, qparams[site.output] if site.levels else None)
             if isinstance(layer, str):
                 reasons[site.layer] = layer
@@ -153,6 +191,9 @@ def quantize_int8(
                 kind=site.kind,
                 layers=site.layers,
                 output=UINT8.dtype if site.levels else "float32",
+                tensor=str(site.output.name),
+                result=writer.results[site.output],
+                qparams=qparams[site.output] if site.levels else None,
             )
             for site in found.sites
         ),
