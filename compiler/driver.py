@@ -21,6 +21,7 @@ from .database import Database
 from .errors import LockedError, ToolchainError, UsageError
 from .golden import Golden
 from .manifest import ProvenanceEntry, TargetEntry
+from .model import Model
 from .onnx_boundary import unpackable
 from .onnx_graph import raise_problems
 from .package import Package
@@ -30,7 +31,6 @@ from .weights import weights_bytes
 if TYPE_CHECKING:
     import tvm
 
-    from .model import Model
     from .tune import TuneResult
 
 # Largest relative error of a replayed golden output. fp32: sums of another machine are taken in
@@ -206,9 +206,14 @@ def compile(
         The options do not go together (exit 2).
     """
     progress = progress or silent()
+    if not isinstance(model, Model):
+        raise UsageError(
+            f"a model is required, given is a {type(model).__name__}",
+            hint="hone.load(path or onnx.ModelProto) returns one",
+        )
     resolved = resolve(target)
-    if threads < 1:
-        raise UsageError(f"threads must be at least 1, not {threads}")
+    if not isinstance(threads, int) or threads < 1:
+        raise UsageError(f"threads must be at least 1, not {threads!r}")
     if precision not in GOLDEN_TOLERANCE:
         raise UsageError(
             f"precision {precision!r} is not available in this version",

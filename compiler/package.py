@@ -52,6 +52,14 @@ class Package:
     manifest: Manifest
     members: Mapping[str, bytes]
 
+    def __repr__(self) -> str:
+        """Return one line: the members are a megabyte of code and weights."""
+        target, precision = self.manifest.target, self.manifest.precision
+        return (
+            f"Package({precision} for {target.name}, {target.threads} threads, "
+            f"{self.size_bytes} bytes)"
+        )
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", MappingProxyType(dict(self.members)))
         _check_members(self.manifest, self.members)
@@ -237,9 +245,15 @@ class Package:
         Raises
         ------
         UsageError
-            If the file cannot be written.
+            If the file cannot be written, or there is something there that is no file.
         """
         path = Path(path)
+        if path.exists() and not path.is_file():
+            raise UsageError(
+                "the package cannot be written: "
+                f"this is a {'folder' if path.is_dir() else 'device or pipe'}, not a file.",
+                where=str(path),
+            )
         try:
             _replace(path, self.to_bytes())
         except OSError as error:

@@ -78,11 +78,11 @@ def main(name: str, folder: str, threads: int) -> int:
     feeds = {n: np.load(Path(folder, f"{i}.npy")) for i, n in enumerate(names)}
     try:
         run, precision = ENGINES[name](Path(folder, "model.onnx"), feeds, threads)
+        contender = InProcess(run)
+        contender.block(1)  # some refuse a model only here
     except Exception as error:  # noqa: BLE001 - any engine's own error type; the parent raises it
         _say(channel, {"error": f"{type(error).__name__}: {error}"})
         return 1
-    contender = InProcess(run)
-    contender.block(1)
     _say(channel, {"version": version(name), "precision": precision})
     for line in sys.stdin:
         _say(channel, {"seconds": contender.block(json.loads(line)["runs"])})

@@ -137,6 +137,14 @@ def _run(arguments: Sequence[str] | None, interrupted: threading.Event, *, debug
                 f"there is not enough memory: {_first_line(error)}",
                 ToolchainError.exit_code,
             )
+        if isinstance(error, OSError) and error.errno is not None:
+            # Full disks, missing rights and names of the wrong kind: where a file was at work that
+            # no verb expects to fail.
+            return _say(
+                debug,
+                f"{error.filename or 'input or output'}: {error.strerror}",
+                ToolchainError.exit_code,
+            )
         return _say(
             debug,
             f"internal: {type(error).__name__}: {_first_line(error)}\n"
@@ -148,6 +156,9 @@ def _run(arguments: Sequence[str] | None, interrupted: threading.Event, *, debug
 
 def main() -> NoReturn:
     """Run the command line and exit: the console script ``hone``."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this, such as a daemon
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
     code = run()
     # What there is to say has been said; a second Ctrl-C must not change how it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

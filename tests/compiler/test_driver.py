@@ -180,3 +180,10 @@ def test_compile_int8_says_so_when_no_layer_fits() -> None:
     package = hone.compile(hone.load(proto), precision="int8", calibration=samples, progress=Log())
     assert package.manifest.precision == "fp32"
     assert "int8: no layer fits int8" in messages
+
+
+def test_compile_is_an_error_when_it_is_given_something_else(mlp: hone.model.Model) -> None:
+    with pytest.raises(UsageError, match="a model is required, given is a str"):
+        hone.compile("mlp.onnx")
+    with pytest.raises(UsageError, match=r"threads must be at least 1, not 2\.5"):
+        hone.compile(mlp, threads=2.5)

@@ -385,3 +385,18 @@ def test_signature_is_refused_when_names_repeat(tiny, paper):
     twice = (TensorSpec(name="x", dtype="float32", shape=(1,)),) * 2
     with pytest.raises(PackageError, match="must be unique"):
         tiny.pack(paper.library, signature=Signature(inputs=twice, outputs=twice), golden=())
+
+
+def test_package_is_never_written_over_what_is_no_file(paper, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="this is a device or pipe, not a file"):
+        paper.save(pipe)
+    assert pipe.is_fifo()
+    with pytest.raises(UsageError, match="this is a folder, not a file"):
+        paper.save(tmp_path)
+
+
+def test_package_is_one_line_when_it_is_shown(paper):
+    assert len(repr(paper)) < 100
+    assert repr(paper).startswith("Package(fp32 for ")

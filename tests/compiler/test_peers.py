@@ -73,3 +73,18 @@ def test_peer_is_an_error_when_the_engine_refuses_the_model(
 ) -> None:
     with pytest.raises(ToolchainError, match=r"^onnxruntime: \w+: "):
         Peer("onnxruntime", onnx.ModelProto(), inputs, threads=1)
+
+
+def test_peer_is_an_error_of_one_line_when_it_refuses_the_model_at_its_first_run(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    int64, helper = onnx.TensorProto.INT64, onnx.helper
+    values = [helper.make_tensor_value_info(name, int64, [2]) for name in "aby"]
+    graph = helper.make_graph(
+        [helper.make_node("Div", ["a", "b"], ["y"])], "division", values[:2], values[2:]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    zeros = {name: np.zeros(2, np.int64) for name in "ab"}
+    with pytest.raises(ToolchainError, match=r"onnxruntime: .*division by zero"):
+        Peer("onnxruntime", model, zeros, threads=1)
+    assert "Traceback" not in capfd.readouterr().err

@@ -185,6 +185,23 @@ def test_want_of_memory_is_one_of_the_environment(run, replace_module, error, sa
     assert (shown.code, shown.err) == (6, f"error: there is not enough memory: {said}\n")
 
 
+def test_what_the_file_system_refuses_is_one_of_the_environment(run, replace_module):
+    replace_module("importer", **raising(NotADirectoryError(20, "Not a directory", "net/records")))
+    shown = run("check", "net.onnx")
+    assert (shown.code, shown.err) == (6, "error: net/records: Not a directory\n")
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+def test_stdout_that_takes_nothing_is_no_bug(redirection):
+    code = "import sys; from hone.cli.main import main; sys.argv[1:] = ['target', 'list']; main()"
+    shown = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, code],
+        stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert "internal" not in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
 def test_closed_pipe_is_quiet(tmp_path):
     code = "import sys; from hone.cli.main import main; sys.argv[1:] = ['target', 'list']; main()"
     reader, writer = os.pipe()
