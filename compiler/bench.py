@@ -17,6 +17,7 @@ from .model import Model
 from .package import Package
 from .peers import Peer
 from .progress import Progress, silent
+from .rounding import is_quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,9 @@ def bench(
                 )
             peer = stack.enter_context(Peer(name, source.source, inputs, threads=threads))
             contenders[name] = peer
-            precisions[name] = peer.info.precision
+            # What it was asked for is the precision of its float layers.
+            quantized = is_quantized(source.source)
+            precisions[name] = "int8" if quantized else peer.info.precision
         task = stack.enter_context(progress.task("measure", total=plan.rounds))
         measured = measure(contenders, plan, on_round=task.update)
     results = tuple(

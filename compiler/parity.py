@@ -24,6 +24,7 @@ from .onnx_qdq import rewrite
 from .onnx_ranges import divisors, float_types, index_bounds
 from .onnx_reader import read_graph
 from .reference import NotCheckedError, reference
+from .rounding import Allowance, is_quantized
 
 if TYPE_CHECKING:
     import onnx
@@ -67,7 +68,7 @@ class OutputError:
         The output.
     relative_error : float
         ``max|given - reference| / max|reference|``, the worst of all samples; for integers and
-        booleans the share of elements that differ.
+        booleans of a model that is not quantized the share of elements that differ.
     tolerance : float
         What was allowed.
     """
@@ -215,6 +216,7 @@ def check(
         How many.
     rtol : float, optional
         Largest relative error of float outputs, by default `tolerance`. Integers must be equal.
+        A quantized model is allowed what its own rounding explains, see `hone.rounding`.
     threads : int
         Of onnxruntime.
 
@@ -232,15 +234,16 @@ def check(
     worst: dict[str, OutputError] = {}
     try:
         session = reference(model, threads=threads)
+        allowance = _allowance(model, (), threads)
         for number in range(seed, seed + samples):
             inputs = random_inputs(model, number)
             expected = session.run(inputs)
             given = run(dict(inputs))
-            errors = [
-                OutputError(name=s.name, tolerance=rtol if _is_float(expected[s.name]) else 0.0,
-                            relative_error=relative_error(given[s.name], expected[s.name]))
-                for s in model.signature.outputs
-            ]  # fmt: skip
+            allowed = {} if allowance is None else allowance.of(inputs, expected)
+            errors = []
+            for name in (s.name for s in model.signature.outputs):
+                error, limit = _compare(given[name], expected[name], rtol, allowed.get(name))
+                errors.append(OutputError(name=name, relative_error=error, tolerance=limit))
             if not all(e.ok for e in errors):
                 raise _failed(model, inputs, errors, seed=number, rtol=rtol, threads=threads)
             for error in errors:
@@ -292,14 +295,16 @@ def first_divergence(
 
     rtol = tolerance(model) if rtol is None else rtol
     tensors = _tensors(model)
-    expected = reference(model, extra=[name for _, name, _ in tensors], threads=threads).run(inputs)
+    names = [name for _, name, _ in tensors]
+    expected = reference(model, extra=names, threads=threads).run(inputs)
+    allowance = _allowance(model, names, threads)
+    slack = {} if allowance is None else allowance.of(inputs, expected)
     _, given = evaluate(model.module, inputs, [binding for _, _, binding in tensors])
     equal = 0
     for layer, name, binding in tensors:
         if binding not in given or given[binding].shape != expected[name].shape:
             continue  # folded, or a pass gave it another shape: its consumers are compared
-        allowed = rtol if _is_float(expected[name]) else 0.0
-        error = relative_error(given[binding], expected[name])
+        error, allowed = _compare(given[binding], expected[name], rtol, slack.get(name))
         if error <= allowed:
             equal += 1
             continue
@@ -343,6 +348,28 @@ def relative_error(given: np.ndarray, expected: np.ndarray) -> float:
     return error / scale if scale else error
 
 
+def _compare(
+    given: np.ndarray, expected: np.ndarray, rtol: float, slack: float | None
+) -> tuple[float, float]:
+    """Return the relative error of a tensor, and what is allowed.
+
+    ``slack`` is the absolute error that a quantized model's rounding explains; None for another.
+    """
+    limit = rtol if _is_float(expected) else 0.0
+    if slack is None:
+        return relative_error(given, expected), limit
+    error = relative_error(given.astype(np.float64), expected.astype(np.float64))
+    finite = np.abs(expected.astype(np.float64))
+    scale = float(np.max(finite, where=np.isfinite(finite), initial=0.0))
+    return error, max(limit, slack / scale if scale else slack)
+
+
+def _allowance(model: Model, extra: Sequence[str], threads: int) -> Allowance | None:
+    if model.source is None or not is_quantized(model.source):
+        return None
+    return Allowance(model.source, extra=extra, threads=threads)
+
+
 def _is_float(array: np.ndarray) -> bool:
     return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
@@ -361,13 +388,15 @@ def _tensors(model: Model) -> list[tuple[Layer, str, str]]:
     if model.source is None:
         return []
     layers = {layer.id: layer for layer in model.layers}
-    nodes = model.source.graph.node
+    computed = {name for node in model.source.graph.node for name in node.output}
+    nodes = rewrite(model.source).graph.node
     ids = node_ids((n.name, n.op_type, next(iter(n.output), "")) for n in nodes)
     return [
         (layers[i], name, part(layers[i].binding, str(k)) if k else layers[i].binding)
         for i, node in zip(ids, nodes, strict=True)
         if i in layers
         for k, name in enumerate(o for o in node.output if o)
+        if name in computed  # what a quantized operator was rewritten to has tensors of its own
     ]
 
 
