@@ -1,7 +1,8 @@
 """Schedule of a Winograd convolution: transform, one matrix product for each point, transform.
 
-Three parallel loops. All threads split the tiles of the image alike, so that what a thread reads is
-in its own cache; where the weights are larger than the data, they split the points of the
+Where the weights fit a core's cache, a task is a row of tiles from input to output, and what lies
+between never leaves the cache. Else there are three parallel loops: all threads split the tiles of
+the image alike; where the weights are larger than the data, they split the points of the
 transformed tile instead, so that each reads its part of the weights only.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 
 from tvm import s_tir
+from tvm.s_tir.schedule import LoopRV
 
 from .blocks import (
     MIN_PARALLEL_CYCLES,
@@ -45,8 +47,6 @@ def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
     else:
         schedule.compute_inline(by_name["wino_out"])
         output = output_block(schedule, columns, leaves(schedule))
-    _schedule_input(schedule, machine)
-    _schedule_products(schedule, machine)
     side = extents(schedule, columns)[4]
     n, h, w, k = schedule.get_loops(output)
     m = side - 2
@@ -55,11 +55,17 @@ def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
     w_outer, w_inner = schedule.split(w, [None, m])
     k_outer, k_lane = schedule.split(k, [None, lanes])
     schedule.reorder(n, h_outer, w_outer, k_outer, h_inner, w_inner, k_lane)
-    tiles = schedule.fuse(n, h_outer, w_outer)
+    work = cycles(schedule, columns, machine.lanes)
     schedule.compute_at(columns, k_outer, preserve_unit_loops=True)
-    parallelize(
-        schedule, tiles, work=cycles(schedule, columns, machine.lanes), least=MIN_PARALLEL_CYCLES
-    )
+    across = int(schedule.get(w_outer).extent)
+    if _fits_by_rows(schedule, machine, across):
+        task = schedule.fuse(n, h_outer)
+        _schedule_row(schedule, machine, task, across)
+    else:
+        _schedule_input(schedule, machine, None)
+        _schedule_products(schedule, machine)
+        tiles = schedule.fuse(n, h_outer, w_outer)
+        parallelize(schedule, tiles, work=work, least=MIN_PARALLEL_CYCLES)
     *_, i, y, lane = schedule.get_loops(columns)
     schedule.reorder(y, i)
     for loop in (i, y, h_inner, w_inner):
@@ -68,15 +74,67 @@ def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
     schedule.vectorize(k_lane)
 
 
-def _schedule_input(schedule: s_tir.Schedule, machine: Machine) -> None:
+def _fits_by_rows(schedule: s_tir.Schedule, machine: Machine, across: int) -> bool:
+    """Say whether whole register tiles make up a row, and the weights fit a core's L2."""
+    sums = schedule.get_sblock("wino_acc")
+    _, _, tiles, channels, depth = extents(schedule, sums)
+    weight = read_shape(schedule, sums, 1)
+    rows = _tile_rows(machine, across, channels, depth, weight[-1])
+    enough = rows * (weight[-1] // machine.lanes) * 2 >= machine.accumulators
+    return tiles % across == 0 and enough and math.prod(weight) * 4 <= machine.l2_bytes
+
+
+def _tile_rows(machine: Machine, tiles: int, channels: int, depth: int, pack: int) -> int:
+    vectors = pack // vector_length(pack, machine.lanes)
+    _, rows = choose_pixels(
+        machine, height=1, width=tiles, channels=channels, depth=depth, taps=1, vectors=vectors
+    )
+    return rows
+
+
+def _schedule_row(schedule: s_tir.Schedule, machine: Machine, task: LoopRV, across: int) -> None:
+    """Compute transform and products of a row of tiles inside the output's task."""
+    sums = schedule.get_sblock("wino_acc")
+    side, _, tiles, channels, depth = extents(schedule, sums)
+    pack = read_shape(schedule, sums, 1)[-1]
+    lanes = vector_length(pack, machine.lanes)
+    rows = _tile_rows(machine, across, channels, depth, pack)
+    stored = schedule.cache_write(sums, 0, "global")
+    schedule.compute_at(stored, task, preserve_unit_loops=True)
+    x, y, p, k = schedule.get_loops(stored)[-4:]
+    p_outer, p_inner = schedule.split(p, [None, rows])
+    k_outer, k_vector, k_lane = schedule.split(k, [None, pack // lanes, lanes])
+    schedule.reorder(x, y, k_outer, p_outer, p_inner, k_vector, k_lane)
+    schedule.compute_at(sums, p_outer, preserve_unit_loops=True)
+    outer_loops = len(schedule.get_loops(sums)) - 5
+    *_, p_sum, k_sum, c = schedule.get_loops(sums)
+    chain, lane = schedule.split(k_sum, [None, lanes])
+    schedule.reorder(c, p_sum, chain, lane)
+    for loop in (p_sum, chain, p_inner, k_vector):
+        schedule.unroll(loop)
+    schedule.vectorize(lane)
+    schedule.vectorize(k_lane)
+    _schedule_input(schedule, machine, task)
+    # Before the sums are split from their start: a loop that holds both parts is refused.
+    work = side * side * tiles * channels * depth
+    parallelize(schedule, task, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
+    start_sums(schedule, sums, c, outer_loops=outer_loops)
+
+
+def _schedule_input(schedule: s_tir.Schedule, machine: Machine, task: LoopRV | None) -> None:
+    """Schedule the transform of the input, in a loop of its own or inside a task."""
     points = schedule.get_sblock("wino_in")
-    x, y, p, c = schedule.get_loops(points)
+    if task is not None:
+        schedule.compute_at(points, task, preserve_unit_loops=True)
+    x, y, p, c = schedule.get_loops(points)[-4:]
     lanes = vector_length(extents(schedule, points)[-1], machine.lanes)
     c_outer, c_lane = schedule.split(c, [None, lanes])
     schedule.reorder(p, c_outer, x, y, c_lane)
     rows = schedule.get_sblock("wino_rows")
+    work = cycles(schedule, rows, machine.lanes)
     schedule.compute_at(rows, c_outer, preserve_unit_loops=True)
-    parallelize(schedule, p, work=cycles(schedule, rows, machine.lanes), least=MIN_PARALLEL_CYCLES)
+    if task is None:
+        parallelize(schedule, p, work=work, least=MIN_PARALLEL_CYCLES)
     *_, row, column, lane = schedule.get_loops(rows)
     schedule.reorder(column, row)
     for loop in (x, y, row, column):
