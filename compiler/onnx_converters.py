@@ -15,6 +15,7 @@ from tvm import relax
 from tvm.relax import op
 
 from .onnx_call import Call, Converter, const
+from .onnx_division import DIVISIONS
 from .onnx_quantize import QUANTIZATION
 from .onnx_resize import resize
 from .onnx_windows import WINDOWS
@@ -296,6 +297,7 @@ def _batch_normalization(call: Call) -> Any:
 
 
 CONVERTERS: Final[Mapping[str, Converter]] = {
+    **DIVISIONS,
     **QUANTIZATION,
     **WINDOWS,
     "BatchNormalization": _batch_normalization,

@@ -331,6 +331,49 @@ def test_gather_stays_inside_the_table_when_an_index_is_beyond_it():
     assert any(np.array_equal(y[2], row) for row in rows)
 
 
+def truncated(a, b):
+    """Python's integers, rounded towards zero and wrapped around."""
+    limits = np.iinfo(a.dtype)
+    quotients = [abs(int(p)) // abs(int(q)) * (1 if (p < 0) == (q < 0) else -1)
+                 for p, q in zip(a, b, strict=True)]  # fmt: skip
+    span = int(limits.max) - int(limits.min) + 1
+    return np.array([(q - int(limits.min)) % span + int(limits.min) for q in quotients], a.dtype)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "int32", "int64", "uint8", "uint64"])
+@pytest.mark.parametrize("fixed", [False, True], ids=["fed", "constant"])
+@pytest.mark.parametrize(
+    ("op", "attributes", "expected"),
+    [("Div", {}, truncated), ("Mod", {}, np.mod), ("Mod", {"fmod": 1}, np.fmod)],
+    ids=["div", "mod", "fmod"],
+)
+def test_no_divisor_ends_the_process(kind, fixed, op, attributes, expected):
+    limits = np.iinfo(kind)
+    minus = -1 if limits.min < 0 else 1
+    a = np.array([limits.min, 7, limits.max, limits.min, 7, 9], kind)
+    b = np.array([minus, 2 * minus, 5, 3, 1, 1], kind)
+    elem = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    node = helper.make_node(op, ["a", "b"], ["y"], **attributes)
+    if fixed:
+        stored = [numpy_helper.from_array(b, "b")]
+        model = importer.load(make([node], [info("a", [6], elem)], [info("y", None, elem)], stored))
+        (y,) = run(model, a=a)
+    else:
+        inputs = [info(name, [6], elem) for name in "ab"]
+        model = importer.load(make([node], inputs, [info("y", None, elem)]))
+        b[5] = 0
+        (y,) = run(model, a=a, b=b)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(y[:5], expected(a[:5], b[:5]))
+
+
+def test_a_constant_divisor_of_zero_is_a_problem():
+    node = helper.make_node("Mod", ["a", "b"], ["y"], name="mod")
+    stored = [ints("b", 3, 0)]
+    error = failure(make([node], [info("a", [2], I64)], [info("y", None, I64)], stored))
+    assert error.problems == ("Mod 'mod': it cannot be converted: the constant divisor holds a 0",)
+
+
 def test_a_converter_that_returns_another_type_is_a_model_error(monkeypatch):
     from hone import relax_builder
 
