@@ -22,13 +22,12 @@ from tvm.s_tir import meta_schedule as ms
 
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 
-from .errors import UsageError
 from .kernel_timer import BUILTIN, clock_reader
 from .measure import SETTLE_S, InProcess, Measurement, Rounds
 from .pipeline import finalize_stages
 from .reason import reason_of
 from .records import Match
-from .replay import REFUSALS, replay
+from .replay import REFUSALS, ReplayError, replay
 from .tune_builder import die_with_parent, make_arguments
 from .tune_confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, confirm
 
@@ -232,7 +231,7 @@ class RunningModel:
         try:
             func = replay(workload["main"], match, self._target)
             return [self._build({name: func}) for name in candidates.functions]
-        except (*REFUSALS, UsageError):
+        except (*REFUSALS, ReplayError):
             return []
 
     def _plan(self, run_s: float, contenders: int) -> tuple[Rounds, float]:

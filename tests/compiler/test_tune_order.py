@@ -62,3 +62,18 @@ def test_timed_calls_it_progress_only_beyond_noise(seconds: float, better: bool)
 
 def test_estimate_adds_compute_and_memory_time() -> None:
     assert estimate_s(2e10, 1e10) == pytest.approx(2.0)
+
+
+def test_kernels_without_a_share_of_the_model_wait_when_the_shares_are_known() -> None:
+    order = Order([1.0, 1.0, 1.0], calls=[1, 1, 1], model_s=[0.001, 8.9, 3.0])
+    assert turns(order, 8) == [1, 2, 1, 1, 2, 1, 1, 1]
+
+
+def test_a_share_of_the_model_shrinks_as_a_kernel_becomes_faster() -> None:
+    order = Order([1.0, 1.0], calls=[1, 5], model_s=[4.0, 3.0])
+    order.timed(0, 10.0)
+    order.timed(1, 1.0)
+    assert turns(order, 2) == [0, 1]
+    assert order.next() == 0
+    order.timed(0, 5.0)
+    assert order.next() == 1

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from hone.measure import Measurement
+from hone.tune_confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, confirm
+
+ROUNDS, RUNS = 12, 5
+
+
+def samples(seconds: float, seed: int) -> np.ndarray:
+    """Times around a mean, with 0.1% of noise."""
+    return seconds * (1 + 1e-3 * np.random.default_rng(seed).standard_normal((ROUNDS, RUNS)))
+
+
+class Model:
+    """A model of kernels with known times, in microseconds, by candidate; -1 is untuned.
+
+    Parameters
+    ----------
+    kernels : mapping
+        What each takes under the instrument.
+    whole : mapping, optional
+        What each takes when nobody watches; the same when not given.
+    calls : int
+        Comparisons that the time suffices for.
+    """
+
+    def __init__(
+        self,
+        kernels: Mapping[str, Mapping[int, float]],
+        whole: Mapping[str, Mapping[int, float]] | None = None,
+        calls: int = 99,
+    ) -> None:
+        self._kernels = kernels
+        self._whole = whole or kernels
+        self._calls = calls
+        self.asked: list[dict[str, int]] = []
+
+    def _spend(self) -> None:
+        self._calls -= 1
+        if self._calls < 0:
+            raise OutOfTime
+
+    def kernels(self, choice: Choice) -> Mapping[str, Measurement]:
+        self._spend()
+        self.asked.append(dict(choice))
+        return {
+            kernel: Measurement(
+                seconds={
+                    UNTUNED: samples(self._kernels[kernel][-1], 1),
+                    RECORD: samples(self._kernels[kernel][number], 2),
+                }
+            )
+            for kernel, number in choice.items()
+            if number in self._kernels[kernel]
+        }
+
+    def whole(self, choices: Mapping[str, Choice]) -> Measurement:
+        self._spend()
+        totals = {
+            name: sum(times[choice.get(kernel, -1)] for kernel, times in self._whole.items())
+            for name, choice in choices.items()
+        }
+        return Measurement(
+            seconds={name: samples(total, i) for i, (name, total) in enumerate(totals.items())}
+        )
+
+
+def run(model: Model, **candidates: int) -> tuple[Confirmation, list[str]]:
+    said: list[str] = []
+    return confirm(model, candidates, said.append), said
+
+
+def kept(confirmation: Confirmation) -> dict[str, int]:
+    return {trial.kernel: trial.candidate for trial in confirmation.trials if trial.kept}
+
+
+def test_a_record_stays_only_where_it_is_faster_inside_the_model() -> None:
+    model = Model({"good": {-1: 100, 0: 50}, "bad": {-1: 100, 0: 120}, "same": {-1: 9, 0: 8.99}})
+    confirmation, said = run(model, good=1, bad=1, same=1)
+    assert kept(confirmation) == {"good": 0}
+    assert {trial.kernel for trial in confirmation.trials} == {"good", "bad", "same"}
+    assert confirmation.speedup is not None
+    assert confirmation.speedup.ratio == pytest.approx(209 / 159, rel=1e-2)
+    assert said == [
+        "trying the records of 3 kernels inside the model",
+        "comparing the whole models",
+    ]
+
+
+def test_the_second_best_record_is_tried_where_the_best_one_loses() -> None:
+    model = Model({"a": {-1: 100, 0: 120, 1: 60}, "b": {-1: 100, 0: 70, 1: 10}})
+    confirmation, _ = run(model, a=2, b=2)
+    assert model.asked == [{"a": 0, "b": 0}, {"b": 0, "a": 1}]
+    assert kept(confirmation) == {"a": 1, "b": 0}
+    trial = next(t for t in confirmation.trials if (t.kernel, t.candidate) == ("a", 0))
+    assert (trial.kept, trial.seconds) == (False, pytest.approx(120, rel=1e-2))
+    assert trial.untuned_s == pytest.approx(100, rel=1e-2)
+
+
+def test_nothing_stays_when_the_whole_model_is_not_faster() -> None:
+    watched = {"a": {-1: 100.0, 0: 50.0}, "b": {-1: 100.0, 0: 60.0}}
+    alone = {"a": {-1: 100.0, 0: 101.0}, "b": {-1: 100.0, 0: 102.0}}
+    confirmation, _ = run(Model(watched, alone), a=1, b=1)
+    assert kept(confirmation) == {}
+    assert len(confirmation.trials) == 2
+    assert confirmation.speedup is None
+
+
+def test_all_records_stay_when_only_the_unwatched_model_shows_that_they_are_faster() -> None:
+    watched = {"a": {-1: 1.0, 0: 1.0}, "b": {-1: 1.0, 0: 1.0}}
+    alone = {"a": {-1: 1.0, 0: 0.8}, "b": {-1: 1.0, 0: 0.9}}
+    confirmation, _ = run(Model(watched, alone), a=1, b=1)
+    assert kept(confirmation) == {"a": 0, "b": 0}
+
+
+def test_the_confirmed_records_are_preferred_to_all_unless_these_are_faster() -> None:
+    watched = {"a": {-1: 100.0, 0: 50.0}, "b": {-1: 100.0, 0: 100.0}}
+    assert kept(run(Model(watched), a=1, b=1)[0]) == {"a": 0}
+    faster = {"a": {-1: 100.0, 0: 50.0}, "b": {-1: 100.0, 0: 80.0}}
+    assert kept(run(Model(watched, faster), a=1, b=1)[0]) == {"a": 0, "b": 0}
+
+
+def test_a_candidate_that_cannot_be_built_has_no_verdict() -> None:
+    model = Model({"a": {-1: 100, 0: 50}, "b": {-1: 100}})
+    confirmation, _ = run(model, a=1, b=1)
+    assert [trial.kernel for trial in confirmation.trials] == ["a"]
+
+
+def test_a_model_without_a_candidate_that_can_be_built_is_not_measured_as_a_whole() -> None:
+    model = Model({"a": {-1: 100}}, calls=1)
+    confirmation, _ = run(model, a=1)
+    assert confirmation == Confirmation(trials=(), speedup=None)
+
+
+def test_second_best_records_are_left_out_when_their_time_is_over() -> None:
+    class Late(Model):
+        def kernels(self, choice: Choice) -> Mapping[str, Measurement]:
+            if 1 in choice.values():
+                raise OutOfTime
+            return super().kernels(choice)
+
+    model = Late({"a": {-1: 100, 0: 120, 1: 60}, "b": {-1: 100, 0: 50}})
+    confirmation, said = run(model, a=2, b=1)
+    assert kept(confirmation) == {"b": 0}
+    assert "no time is left for the second best records" in said
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_no_conclusion_is_drawn_when_the_time_does_not_suffice(calls: int) -> None:
+    with pytest.raises(OutOfTime):
+        run(Model({"a": {-1: 100, 0: 50}}, calls=calls), a=1)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax, tirx
+from tvm.s_tir import Schedule
+from tvm.s_tir import meta_schedule as ms
+
+from hone import tune_model
+from hone.measure import SETTLE_S
+from hone.records import kernels, workload_module
+from hone.targets.schedule.cpu import ScheduleModule
+from hone.targets.schedule.machine import Machine
+from hone.targets.target import resolve
+from hone.tune_confirm import RECORD, UNTUNED, OutOfTime
+from hone.tune_model import ROUNDS, RUNS, Candidates, RunningModel, plan
+from hone.tune_tasks import untuned_model
+
+THREADS = 1
+TARGET = resolve("host").tvm_target(THREADS)
+ROWS, COLUMNS = 96, 80
+
+
+def lowered() -> tvm.IRModule:
+    """``exp(relu(x @ w) @ w)``: two equal kernels, and one more."""
+    block = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((ROWS, COLUMNS), "float32"))
+    weight = relax.const(np.full((COLUMNS, COLUMNS), 0.01, "float32"))
+    with block.function("main", [x]):
+        with block.dataflow():
+            value = block.emit(relax.op.nn.relu(relax.op.matmul(x, weight)))
+            value = block.emit(relax.op.nn.relu(relax.op.matmul(value, weight)))
+            result = block.emit_output(relax.op.exp(value))
+        block.emit_func_output(result)
+    return relax.get_pipeline("zero")(block.get())
+
+
+@pytest.fixture(scope="module")
+def module() -> tvm.IRModule:
+    return lowered()
+
+
+@pytest.fixture(scope="module")
+def model(module: tvm.IRModule) -> RunningModel:
+    rule = ScheduleModule(Machine.of(resolve("host"), THREADS))
+    return RunningModel(untuned_model(module, rule), TARGET)
+
+
+def candidates(module: tvm.IRModule) -> Candidates:
+    """The matmul as it is written, and a record that is none."""
+    names = tuple(name for name in kernels(module) if "matmul" in name)
+    assert len(names) == 2
+    workload = workload_module(kernels(module)[names[0]])
+    record = ms.database.TuningRecord(
+        Schedule(workload).trace,
+        ms.database.Workload(workload),
+        [1.0],
+        TARGET,
+        ms.arg_info.ArgInfo.from_entry_func(workload),
+    ).as_json()
+    return Candidates(
+        functions=names, module=tvm.ir.save_json(workload), records=(record, [[], [1.0], {}, []])
+    )
+
+
+def test_profile_gives_the_seconds_of_every_kernel_of_the_model(
+    model: RunningModel, module: tvm.IRModule
+) -> None:
+    found = model.profile(seconds=0.01)
+    assert set(found) == set(kernels(module))
+    assert all(0 <= seconds < 1 for seconds in found.values())
+
+
+def test_a_replaced_kernel_runs_in_its_version_of_the_model_only(
+    model: RunningModel, module: tvm.IRModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def note() -> None:
+        nonlocal calls
+        calls += 1
+
+    def noted(func: tirx.PrimFunc, *_: object) -> tirx.PrimFunc:
+        call = tirx.Evaluate(tirx.call_packed("hone.test.note"))
+        return func.with_body(tirx.SeqStmt([call, func.body]))
+
+    tvm.register_global_func("hone.test.note", note, override=True)
+    monkeypatch.setattr(tune_model, "replay", noted)
+    model.offer({"0": candidates(module)}, time.monotonic() + 60)
+    assert calls == 0
+    measured = model.kernels({"0": 0})["0"]
+    assert measured.seconds[RECORD].shape == measured.seconds[UNTUNED].shape
+    rounds, runs = measured.seconds[RECORD].shape
+    assert calls > 2 * rounds * runs  # two equal kernels; warm-up runs are not returned
+    calls = 0
+    model.whole({UNTUNED: {}})
+    assert calls == 0
+    whole = model.whole({UNTUNED: {}, "noted": {"0": 0}})
+    assert whole.seconds["noted"].shape == whole.seconds[UNTUNED].shape
+    assert calls > 2 * whole.seconds["noted"].size
+
+
+def test_a_record_that_does_not_apply_is_left_out(
+    model: RunningModel, module: tvm.IRModule
+) -> None:
+    model.offer({"0": candidates(module)}, time.monotonic() + 60)
+    assert model.kernels({"0": 1}) == {}
+
+
+def test_the_model_gives_up_when_the_time_is_over(
+    model: RunningModel, module: tvm.IRModule
+) -> None:
+    model.offer({"0": candidates(module)}, time.monotonic())
+    with pytest.raises(OutOfTime):
+        model.kernels({"0": 0})
+    with pytest.raises(OutOfTime):
+        model.whole({UNTUNED: {}})
+
+
+@pytest.mark.parametrize("run_s", [1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("contenders", [1, 2, 3])
+def test_plan_fills_the_time_within_its_limits(run_s: float, contenders: int) -> None:
+    rounds = plan(run_s, contenders, 2.0)
+    assert ROUNDS[0] <= rounds.rounds <= ROUNDS[1]
+    assert RUNS[0] <= rounds.runs - rounds.warmup <= RUNS[1]
+    assert rounds.warmup >= 1
+    total = contenders * rounds.rounds * (rounds.runs * run_s + SETTLE_S)
+    assert total <= 2.0 or rounds.rounds == ROUNDS[0]
+    assert math.isfinite(total)
