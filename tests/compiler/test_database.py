@@ -17,7 +17,7 @@ from hone import database as database_module
 from hone import records
 from hone.database import Database
 from hone.errors import UsageError
-from hone.records import kernels, workload_module
+from hone.records import Verdict, choose, contenders, kernels, trace_key, workload_module
 from hone.targets.target import resolve
 
 THREADS = 2
@@ -364,3 +364,103 @@ def test_apply_reports_a_record_that_does_not_fit_any_more_and_goes_on(
     assert database.warnings[-1].endswith("1 records do not apply any more: left out.")
     assert reason.startswith("the record does not apply: ")
     tvm.ir.assert_structural_equal(applied.module[FIRST], module[FIRST])
+
+
+def verdict(database: Database, record: list, kind: Verdict, *, workload: list) -> None:
+    with database.writing():
+        database.add_verdict(
+            workload[0],
+            name=FIRST,
+            record=trace_key(record),
+            verdict=kind,
+            model_s=2e-3,
+            model_untuned_s=1e-3,
+        )
+
+
+def test_a_rejected_record_is_not_used_any_more_in_this_process_and_in_a_fresh_one(
+    database: Database, module: tvm.IRModule, tmp_path: Path
+) -> None:
+    fill(database, module, (FIRST, 1e-3, 8), (FIRST, 2e-3, 20))
+    workload, best = record_of(kernels(module)[FIRST], 1e-3, 8)
+    with database.writing():
+        database.add_task(workload[0], name=FIRST, untuned_s=4e-3)
+    assert database.apply(module).hits == (FIRST,)
+    before = database.fingerprint()
+
+    verdict(database, best, Verdict.REJECTED, workload=workload)
+    applied = database.apply(module)
+    # The second best is worthwhile in isolation too, but not one that nobody tried in its stead.
+    assert (applied.hits, applied.kept, applied.rejected) == ((), (FIRST,), (FIRST,))
+    assert database.fingerprint() != before
+
+    (tmp_path / "module.json").write_text(tvm.ir.save_json(module))
+    code = (
+        "import sys, pathlib, tvm\n"
+        "from hone.database import Database\n"
+        "from hone.targets.target import resolve\n"
+        "root = pathlib.Path(sys.argv[1])\n"
+        "module = tvm.ir.load_json((root / 'module.json').read_text())\n"
+        f"database = Database(root / 'records', resolve('host'), threads={THREADS})\n"
+        "print(database.apply(module).rejected, database.fingerprint())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"({FIRST!r},) {database.fingerprint()}\n"
+
+    verdict(database, best, Verdict.CONFIRMED, workload=workload)
+    assert database.apply(module).hits == (FIRST,)
+    again = Database(tmp_path / "records", HOST, threads=THREADS)
+    assert again.apply(module).hits == (FIRST,)
+    assert again.fingerprint() == database.fingerprint() != before
+
+
+def test_a_confirmed_record_is_preferred_to_a_rejected_faster_one(
+    database: Database, module: tvm.IRModule
+) -> None:
+    fill(database, module, (FIRST, 1e-3, 8), (FIRST, 2e-3, 20))
+    workload, best = record_of(kernels(module)[FIRST], 1e-3, 8)
+    _, second = record_of(kernels(module)[FIRST], 2e-3, 20)
+    verdict(database, best, Verdict.REJECTED, workload=workload)
+    verdict(database, second, Verdict.CONFIRMED, workload=workload)
+    match = database.lookup(kernels(module)[FIRST])
+    assert match is not None
+    assert (match.seconds, match.verdict) == (pytest.approx(2e-3), Verdict.CONFIRMED)
+    assert database.apply(module).hits == (FIRST,)
+    assert [entry.verdict for entry in database.show()] == [Verdict.REJECTED]
+
+
+def timed(name: str, seconds: float) -> list:
+    return [[[name], []], [seconds], {}, []]
+
+
+A, B, C, D = timed("a", 1.0), timed("b", 2.0), timed("c", 3.0), timed("d", 4.0)
+YES, NO = Verdict.CONFIRMED, Verdict.REJECTED
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "untuned_s", "chosen", "tried"),
+    [
+        ({}, None, A, [A, B]),
+        ({}, 4.0, A, [A, B]),
+        ({}, 1.01, None, []),
+        ({"a": NO}, 4.0, None, []),
+        ({"a": NO, "c": YES}, 4.0, C, [C, B]),
+        ({"c": YES}, 4.0, A, [A, C]),
+        ({"b": YES, "c": YES}, 1.01, B, [B]),
+        ({"a": YES, "b": NO}, 9.0, A, [A, C]),
+    ],
+)
+def test_the_record_to_use_and_those_to_try_follow_verdicts_before_times(
+    verdicts: dict[str, Verdict], untuned_s: float | None, chosen: list | None, tried: list
+) -> None:
+    given = [A, B, C, D]
+    keyed = {trace_key(r): verdicts[r[0][0][0]] for r in given if r[0][0][0] in verdicts}
+    assert choose(given, keyed, untuned_s) is chosen
+    assert contenders(given, keyed, untuned_s) == tried
+
+
+def test_no_record_is_chosen_when_there_is_none() -> None:
+    assert choose([], {}, 1.0) is None
+    assert contenders([], {}, 1.0) == []

@@ -21,7 +21,7 @@ from tvm import relax
 from hone import database as database_module
 from hone.database import Database
 from hone.errors import HoneError, InterruptError, OutOfTimeError, UsageError
-from hone.records import kernels
+from hone.records import Verdict, kernels
 from hone.targets.target import resolve
 from hone.tune import tune
 
@@ -165,6 +165,16 @@ def test_tuning_ends_with_records_that_are_found_when_the_spaces_are_exhausted(
     applied = database.apply(module)
     assert applied.misses == applied.failed == ()
     assert set(applied.hits) | set(applied.kept) == names
+    # There was time for the model: whatever is used was confirmed inside it.
+    fresh = open_database(tmp_path)
+    assert fresh.apply(module).hits == applied.hits
+    for name, func in kernels(module).items():
+        match = fresh.lookup(func)
+        assert match is not None
+        assert (name in applied.hits) == (match.verdict is Verdict.CONFIRMED)
+        assert (name in applied.rejected) == (match.verdict is Verdict.REJECTED)
+    assert all(kernel.model_ms is not None for kernel in result.kernels)
+    assert (result.model_speedup is not None) == bool(applied.hits)
     assert any("best so far" in detail and "s left" in detail for detail in watcher.details)
     # A second session starts from what the first one knows, and measures nothing twice.
     again = tune(module, HOST, threads=1, budget_s=LONG_S, database=database)
@@ -285,6 +295,46 @@ def test_a_session_without_a_record_says_so_and_is_exit_11(tmp_path: Path) -> No
     assert caught.value.exit_code == 11
     assert "without a valid record (0 candidates tried, budget 0.01 s)." in str(caught.value)
     assert len(open_database(tmp_path)) == 0
+
+
+def test_a_session_without_a_new_record_is_no_error_when_the_database_has_one(
+    tmp_path: Path,
+) -> None:
+    database = open_database(tmp_path)
+
+    def stop() -> None:
+        if count(database):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptError):
+        tune(tiny(), HOST, threads=1, budget_s=LONG_S, database=database, progress=Watcher(stop))
+    before = len(database)
+    result = tune(tiny(), HOST, threads=1, budget_s=0.01, database=database)
+    assert result.records == 0
+    assert len(open_database(tmp_path)) == before
+    assert any(kernel.after_ms is not None for kernel in result.kernels)
+    assert result.model_speedup is None
+
+
+def test_a_session_goes_on_when_the_whole_model_cannot_be_run(tmp_path: Path) -> None:
+    shape = relax.TensorType((3, 5), "float32")
+    block = relax.BlockBuilder()
+    x = relax.Var("x", shape)
+    with block.function("main", [x]):
+        with block.dataflow():
+            value = block.emit(relax.op.nn.relu(x))
+            missing = relax.op.call_dps_packed("hone.test.missing", value, shape)
+            result = block.emit_output(missing)
+        block.emit_func_output(result)
+    module = relax.transform.LegalizeOps()(block.get())
+    watcher = Watcher()
+    result = tune(
+        module, HOST, threads=1, budget_s=LONG_S, database=open_database(tmp_path), progress=watcher
+    )
+    assert result.exhausted
+    assert result.model_speedup is None
+    assert all(kernel.model_ms is None for kernel in result.kernels)
+    assert any("the whole model could not be timed: " in text for text in watcher.messages)
 
 
 def test_a_search_that_cannot_start_is_an_error_with_its_last_words(
