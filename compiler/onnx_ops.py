@@ -144,6 +144,21 @@ def _batch_normalization(node: NodeView) -> str | None:
     return _more_outputs(node)
 
 
+def _conv(node: NodeView) -> str | None:
+    """Refuse channels that do not fit: onnx's shape inference does not look at them."""
+    data, weight = _shape(node), _shape(node, 1)
+    group = node.attributes.get("group", 1)
+    if data[1] != weight[1] * group or weight[0] % group:
+        return (
+            f"{data[1]} input and {weight[0]} output channels do not fit a weight of "
+            f"{list(weight)} in {group} groups"
+        )
+    bias = _shape(node, 2)
+    if bias and bias != weight[:1]:
+        return f"a bias of {list(bias)} does not fit {weight[0]} output channels"
+    return None
+
+
 def _pool(node: NodeView) -> str | None:
     """Refuse windows that lie in the padding: ONNX's shape inference and runtimes differ there."""
     given, result = _shape(node)[2:], node.output_shape[2:]
@@ -245,6 +260,7 @@ _RULES: Final[Mapping[str, Callable[[NodeView], str | None]]] = {
     "AveragePool": _pool,
     "BatchNormalization": _batch_normalization,
     "BitShift": _signed,
+    "Conv": _conv,
     "DequantizeLinear": _blocked,
     "Dropout": _dropout,
     "LayerNormalization": _more_outputs,

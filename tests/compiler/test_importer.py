@@ -690,6 +690,24 @@ def test_named_dimensions_hold_for_all_inputs_when_one_is_given():
     )
 
 
+@pytest.mark.parametrize(
+    ("group", "bias", "problem"),
+    [
+        (2, 4, "3 input and 4 output channels do not fit a weight of [4, 3, 3, 3] in 2 groups"),
+        (1, 5, "a bias of [5] does not fit 4 output channels"),
+    ],
+    ids=["group", "bias"],
+)
+def test_channels_that_do_not_fit_are_problems(group, bias, problem):
+    proto = make(
+        [helper.make_node("Conv", ["x", "w", "b"], ["y"], name="conv", group=group)],
+        [info("x", [1, 3, 5, 5])],
+        [info("y", None)],
+        [weight("w", 4, 3, 3, 3), weight("b", bias)],
+    )
+    assert [str(found) for found in importer.check(proto).problems] == [f"Conv 'conv': {problem}"]
+
+
 def test_shapes_that_depend_on_data_are_problems():
     nodes = [helper.make_node("Reshape", ["x", "s"], ["y"], name="reshape")]
     error = failure(make(nodes, [info("x", [2, 3]), info("s", [1], I64)], [info("y", None)]))
