@@ -22,7 +22,7 @@ from hone.passes.lower.anchors import ANCHOR
 from hone.passes.lower.conv2d import Window, pack_conv2d_weight
 from hone.passes.lower.dense import pack_dense_weight
 from hone.targets.integer_dot import GROUP, LEVEL_OFFSET
-from hone.targets.schedule.integer import tile_machine
+from hone.targets.schedule.integer import choose_dot_tile
 from hone.targets.schedule.machine import Machine, Tile, choose_tile
 
 from . import dot_kernels, kernels
@@ -148,8 +148,8 @@ def _dot_conv2d(
     window = _window(call, weight.shape[1:3])
     cut = dot_kernels.Rows.of(window)
     height, width = window.output
-    tile = choose_tile(
-        tile_machine(machine),
+    tile = choose_dot_tile(
+        machine,
         height=height,
         width=width,
         channels=weight.shape[0],
@@ -186,9 +186,7 @@ def _dot_dense(
     data, others, shape = _as_rows(bb, data, others, channels)
     rows = int(data.ty.shape[0])
     groups = dot_kernels.rounded_up(depth, GROUP) // GROUP
-    tile = choose_tile(
-        tile_machine(machine), height=1, width=rows, channels=channels, depth=groups, taps=1
-    )
+    tile = choose_dot_tile(machine, height=1, width=rows, channels=channels, depth=groups, taps=1)
     offset = LEVEL_OFFSET.get(machine.integer_dot, 0)
     product = bb.call_te(
         partial(dot_kernels.dense, tile_rows=tile.columns, offset=offset, out_dtype=_dtype(call)),

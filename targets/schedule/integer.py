@@ -26,10 +26,17 @@ from .blocks import (
     start_sums,
     vector_length,
 )
-from .machine import Machine, choose_pixels, choose_tasks
+from .machine import (
+    RESERVED_REGISTERS,
+    Machine,
+    Tile,
+    choose_pixels,
+    choose_tasks,
+    choose_tile,
+)
 
-# Up to this many groups their loop is unrolled; beyond, LLVM moves loads so far ahead that it spills
-# (6 groups of 28 sums: 204 us instead of 142).
+# Up to this many groups their loop is unrolled; beyond, LLVM moves loads so far ahead that sums are
+# spilled (6 groups of 28 sums: 204 us instead of 142).
 UNROLLED_GROUPS = 4
 # Registers of the widened form beside those of a float kernel: two halves of a weight vector in
 # place of one, two of the levels, and a product that waits for its addition.
@@ -39,11 +46,31 @@ BYTES_PER_LANE = 4
 JOINED_LOOPS = 4
 
 
-def tile_machine(machine: Machine) -> Machine:
-    """Return the machine as the tile model sees it when it sums integers."""
+def _most_sums(machine: Machine, vectors: int) -> int:
+    """Return how many accumulators leave room for ``vectors`` of weights and for the levels.
+
+    Unlike a float kernel's, the instruction takes its broadcast operand from a register. One vector
+    too many, and a sum goes through memory in every step: 7 x 4 sums took 217 us where 7 x 2 take
+    115.
+    """
     if machine.integer_dot == IntegerDot.VPMADDWD:
-        return replace(machine, accumulators=max(machine.accumulators - WIDENED_REGISTERS, 4))
-    return machine
+        return max(machine.accumulators - WIDENED_REGISTERS, 4)
+    return min(machine.accumulators, machine.accumulators + RESERVED_REGISTERS - vectors - 1)
+
+
+def choose_dot_tile(machine: Machine, **shape: int) -> Tile:
+    """Choose the register tile as `choose_tile` does, within the registers of integer sums."""
+    for most in range(machine.accumulators, 0, -1):
+        tile = choose_tile(replace(machine, accumulators=most), **shape)
+        if tile.rows * tile.columns * tile.vectors <= _most_sums(machine, tile.vectors):
+            return tile
+    return Tile(rows=1, columns=1, vectors=1)
+
+
+def _choose_pixels(machine: Machine, *, vectors: int, **shape: int) -> tuple[int, int]:
+    """Choose rows and columns as `choose_pixels` does, within the registers of integer sums."""
+    most = max(_most_sums(machine, vectors), 1)
+    return choose_pixels(replace(machine, accumulators=most), vectors=vectors, **shape)
 
 
 def _lanes(machine: Machine, dot: IntegerDot, tile_channels: int) -> int:
@@ -97,8 +124,8 @@ def schedule_dot_conv2d(
     tile_channels = read_shape(schedule, anchor, 1)[-2]
     lanes = _lanes(machine, dot, tile_channels)
     vectors = tile_channels // lanes
-    rows, columns = choose_pixels(
-        tile_machine(machine),
+    rows, columns = _choose_pixels(
+        machine,
         height=height,
         width=width,
         channels=channels,
@@ -156,8 +183,8 @@ def schedule_dot_dense(
     tile_channels = read_shape(schedule, anchor, 1)[-2]
     lanes = _lanes(machine, dot, tile_channels)
     vectors = tile_channels // lanes
-    _, tile_rows = choose_pixels(
-        tile_machine(machine),
+    _, tile_rows = _choose_pixels(
+        machine,
         height=1,
         width=rows,
         channels=channels,
