@@ -464,7 +464,8 @@ def _found(result: TuneResult) -> str:
         )
     confirmed = sum(kernel.verdict is RecordVerdict.CONFIRMED for kernel in result.kernels)
     if confirmed:
-        return f"{text}, {confirmed} kernels are faster inside the model"
+        of = len(result.kernels)
+        return f"{text}, used for {confirmed} of {of} kernels, which are faster inside the model"
     if any(kernel.verdict is not None for kernel in result.kernels):
         return f"{text}, none makes the model faster"
     return text
