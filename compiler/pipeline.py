@@ -84,7 +84,7 @@ def graph_stages() -> tuple[Stage, ...]:
     )
 
 
-def lower_stages(target: Target, *, threads: int) -> tuple[Stage, ...]:
+def lower_stages(target: Target, *, threads: int, compact: bool = False) -> tuple[Stage, ...]:
     """Return the stages from operators to fused TIR functions, not yet scheduled."""
     machine = Machine.of(target, threads)
     transform = relax.transform
@@ -99,7 +99,7 @@ def lower_stages(target: Target, *, threads: int) -> tuple[Stage, ...]:
         Stage(
             name="legalize",
             summary="operators become TIR functions, weights are packed for the target",
-            run=LegalizeForCPU(machine),
+            run=LegalizeForCPU(machine, compact=compact),
         ),
         Stage(
             name="group",
@@ -133,7 +133,9 @@ def _run(stages: Sequence[Stage], module: tvm.IRModule) -> tvm.IRModule:
     return module
 
 
-def lower(module: tvm.IRModule, target: Target, *, threads: int) -> tvm.IRModule:
+def lower(
+    module: tvm.IRModule, target: Target, *, threads: int, compact: bool = False
+) -> tvm.IRModule:
     """Lower a Relax module to fused TIR functions before scheduling.
 
     Parameters
@@ -144,13 +146,15 @@ def lower(module: tvm.IRModule, target: Target, *, threads: int) -> tvm.IRModule
         What to compile for.
     threads : int
         Threads that will share each kernel.
+    compact : bool
+        Prefer small weights to speed, where a kernel has the choice.
 
     Returns
     -------
     IRModule
         ``main`` calls TIR functions; what tuning extracts its tasks from.
     """
-    stages = (*graph_stages(), *lower_stages(target, threads=threads))
+    stages = (*graph_stages(), *lower_stages(target, threads=threads, compact=compact))
     with target.tvm_target(threads):
         return _run(stages, module)
 

@@ -238,8 +238,10 @@ def _grouped(
     )
 
 
-def legalize_conv2d(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    """Legalize one ``relax.nn.conv2d`` call for the machine. See the module."""
+def legalize_conv2d(
+    machine: Machine, compact: bool, bb: relax.BlockBuilder, call: relax.Call
+) -> relax.Expr:
+    """Legalize one ``relax.nn.conv2d`` call for the machine; ``compact`` forgoes Winograd."""
     attrs = call.attrs
     data, weight = call.args
     fits = (
@@ -257,7 +259,7 @@ def legalize_conv2d(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) 
     if int(attrs.groups) == 1:
         height, width = window.output
         transform = choose_transform(machine, window, channels=channels)
-        if transform is not None:
+        if transform is not None and not compact:
             return _winograd(machine, bb, data, values, window, transform)
         tile = choose_tile(
             machine,

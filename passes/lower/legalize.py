@@ -30,17 +30,20 @@ class LegalizeForCPU:
     ----------
     machine : Machine
         Decides how weights are packed.
+    compact : bool
+        Keep weights small: no Winograd, whose weights are 1.8 or 4 times as large.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, *, compact: bool = False) -> None:
         self._machine = machine
+        self._compact = compact
 
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
     ) -> tvm.IRModule:
         """Return the module with every operator legalized."""
         own = {
-            "relax.nn.conv2d": partial(legalize_conv2d, self._machine),
+            "relax.nn.conv2d": partial(legalize_conv2d, self._machine, self._compact),
             "relax.matmul": partial(legalize_matmul, self._machine),
             "relax.nn.max_pool2d": legalize_max_pool2d,
             "relax.nn.softmax": partial(legalize_softmax, False, self._machine),

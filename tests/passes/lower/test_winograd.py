@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from tvm import relax
 
+from hone import pipeline
 from hone.passes.lower import conv2d as conv2d_module
 from hone.passes.lower.winograd import F2, F4, Transform, transform_weight
+from hone.targets.target import resolve
+from hone.weights import weights_bytes
 
 RunOp = Callable[..., tuple[np.ndarray, list[str]]]
 
@@ -69,3 +72,21 @@ def test_error_stays_near_that_of_a_direct_sum_when_layers_are_deep(
     )
     assert "winograd" in rules
     assert np.abs(actual - exact).max() <= bound * np.abs(exact).max()
+
+
+def test_compact_lowering_keeps_the_direct_convolution_and_its_smaller_weights(
+    rng: np.random.Generator,
+) -> None:
+    target = resolve("x86-64-v4")
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, 64, 56, 56), "float32"))
+    weight = rng.standard_normal((64, 64, 3, 3)).astype("float32")
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit_output(relax.op.nn.conv2d(x, relax.const(weight), padding=1))
+        builder.emit_func_output(y)
+    module = builder.get()
+    fast = weights_bytes(pipeline.lower(module, target, threads=2))
+    small = weights_bytes(pipeline.lower(module, target, threads=2, compact=True))
+    assert small == weight.nbytes
+    assert fast > 1.5 * small
