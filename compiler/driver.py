@@ -15,6 +15,7 @@ from hone.targets import features
 from hone.targets.target import Target, resolve
 
 from . import parity, pipeline, runtime, steps
+from .calibration_cache import CalibrationCache, user_folder
 from .data import Dataset
 from .data import load as load_data
 from .database import Database
@@ -26,6 +27,7 @@ from .onnx_boundary import unpackable
 from .onnx_graph import raise_problems
 from .package import Package
 from .progress import Progress, silent
+from .recipe import Int8Step
 from .weights import weights_bytes
 
 if TYPE_CHECKING:
@@ -166,6 +168,8 @@ def compile(
     database: Path | None = None,
     locked: bool = False,
     calibration: str | Dataset | None = None,
+    int8: Int8Step | None = None,
+    allow_random_calibration: bool = False,
     progress: Progress | None = None,
 ) -> Package:
     """Compile a model, check it against onnxruntime, and return a package.
@@ -189,6 +193,10 @@ def compile(
         Refuse to compile a kernel that the database knows nothing about.
     calibration : str or Dataset, optional
         Samples for ``int8``, in the data syntax.
+    int8 : Int8Step, optional
+        How ``int8`` calibrates and quantizes, as in a recipe; its defaults when absent.
+    allow_random_calibration : bool
+        Whether ``random:N`` calibrates, which says nothing about real value ranges.
     progress : Progress, optional
         Where to report.
 
@@ -219,13 +227,21 @@ def compile(
             f"precision {precision!r} is not available in this version",
             hint=f"one of {', '.join(GOLDEN_TOLERANCE)}",
         )
+    if precision != "int8" and (int8 is not None or allow_random_calibration):
+        raise UsageError("options of int8 need precision int8", hint="precision='int8'")
     if locked and database is None:
         raise UsageError("locked needs a database of tuning records", hint="--database DIR")
     records = _database(resolved, threads=threads, folder=database, tune_seconds=tune_seconds)
     unchanged = model
     if precision == "int8":
         candidate = steps.int8(
-            model, _calibration(model, calibration), threads=threads, progress=progress
+            model,
+            int8 or Int8Step(kind="int8"),
+            _calibration(model, calibration, allow_random=allow_random_calibration),
+            threads=threads,
+            progress=progress,
+            allow_random=allow_random_calibration,
+            cache=CalibrationCache(user_folder()),
         )
         model, precision = candidate.model, candidate.precision
         progress.log(f"int8: {candidate.note}")
@@ -264,13 +280,15 @@ def _database(
     return Database(folder or Path(".hone", "tuning"), target, threads=threads)
 
 
-def _calibration(model: Model, given: str | Dataset | None) -> Dataset:
+def _calibration(model: Model, given: str | Dataset | None, *, allow_random: bool) -> Dataset:
     if given is None:
         raise UsageError(
             "int8 needs calibration data: a few hundred samples of what the model will see",
             hint="--calibration DATA, such as calibration.npz",
         )
-    return load_data(given, model.signature) if isinstance(given, str) else given
+    if isinstance(given, str):
+        return load_data(given, model.signature, allow_random=allow_random)
+    return given
 
 
 def _report_hits(scheduled: pipeline.Scheduled, *, locked: bool, progress: Progress) -> None:

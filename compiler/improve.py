@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from hone.targets.target import Target, resolve
 
 from . import driver, importer, parity, steps
+from .calibration_cache import CalibrationCache
 from .data import Dataset
 from .data import load as load_data
 from .database import Database
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 RANDOM_SAMPLES = 8
 PROFILE_S = 0.5
+ERROR_SAMPLES = 8  # of the calibration data, for each layer's quantization error
 
 
 def build(recipe: Recipe, *, progress: Progress | None = None) -> Report:
@@ -82,13 +84,6 @@ def _make_folder(folder: Path) -> None:
         ) from error
 
 
-def _layers(step: PruneStep | Int8Step | SplitStep | TuneStep) -> Sequence[str]:
-    """Return the layers that a step names."""
-    if isinstance(step, Int8Step):
-        return step.skip
-    return step.layers if isinstance(step, SplitStep) else ()
-
-
 class _Build:
     """One run of a recipe: what all its steps share."""
 
@@ -102,9 +97,11 @@ class _Build:
         _make_folder(recipe.output_directory)
         self.model = importer.load(recipe.model_path, recipe.model.shapes)
         for step in recipe.step:
-            for layer in _layers(step):
-                steps.binding(self.model, layer)  # a wrong name must not cost the steps before it
-        self.calibration = self._data(recipe.calibration)
+            if isinstance(step, Int8Step | SplitStep):
+                steps.selected(self.model, step)  # a wrong name must not cost the steps before it
+        self.calibration = self._data(
+            recipe.calibration, allow_random=recipe.data.allow_random_calibration
+        )
         # Without labels the gate is how far outputs move, which any inputs show.
         self.evaluation = (
             self._data(recipe.evaluation, allow_random=recipe.data.metric != "top1")
@@ -252,7 +249,13 @@ class _Build:
         version = self.version(name, candidate.model, precision=candidate.precision, tuned=tuned)
         judged = self._judge(version, kept)
         reason = f"{judged.reason}; {candidate.note}" if candidate.note else judged.reason
-        return replace(judged, reason=reason, settings=settings, skipped=candidate.skipped)
+        return replace(
+            judged,
+            reason=reason,
+            settings=settings,
+            skipped=candidate.skipped,
+            errors=candidate.errors,
+        )
 
     def _propose(
         self, step: PruneStep | Int8Step | SplitStep | TuneStep, kept: Version
@@ -284,10 +287,13 @@ class _Build:
             with self.progress.task("calibrate and quantize"):
                 candidate = steps.int8(
                     kept.model,
+                    step,
                     self.calibration,
-                    skip=step.skip,
                     threads=self.threads,
                     progress=self.progress,
+                    allow_random=self.recipe.data.allow_random_calibration,
+                    cache=CalibrationCache(self.recipe.output_directory / "calibration"),
+                    error_samples=ERROR_SAMPLES,
                 )
         else:
             candidate = steps.split(kept.model, step)

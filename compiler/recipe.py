@@ -59,6 +59,10 @@ class DataSection(Section):
     calibration: str | None = Field(
         default=None, description="samples for recovery and int8 ranges; labels are not used"
     )
+    allow_random_calibration: bool = Field(
+        default=False,
+        description="take random:N for calibration, which says nothing about real value ranges",
+    )
     evaluation: str | None = Field(default=None, description="samples that measure the accuracy")
     metric: Literal["top1", "relative_error"] = Field(
         default="top1",
@@ -158,20 +162,59 @@ class Int8Step(Section):
     """Compute convolutions and matrix products in 8-bit integers."""
 
     kind: Literal["int8"]
-    observer: Literal["minmax"] = "minmax"
-    skip: list[str] = Field(default=[], description="ids of layers that stay in float")
+    observer: Literal["minmax", "moving_average", "percentile", "entropy", "mse"] = Field(
+        default="minmax", description="chooses the range of an activation from calibration data"
+    )
+    percentile: Annotated[float, Field(gt=50, le=100)] | None = Field(
+        default=None,
+        description="of the values that the range holds, with the observer percentile; "
+        "99.99 when absent",
+    )
+    equalize: Literal["weights", "activations"] | None = Field(
+        default=None,
+        description="scale channels between layers first, so that the ranges of weights on both "
+        "sides are equal, or those of activations and the weights that read them",
+    )
+    bias_correction: bool = Field(
+        default=False, description="take the mean error of quantization out of each layer's bias"
+    )
+    skip: list[str] = Field(
+        default=[],
+        description="layers that stay in float: ids, name:GLOB, re:REGEX, op:TYPE, first, last, "
+        "each with ! before it to negate",
+    )
+
+    @model_validator(mode="after")
+    def _percentile_has_an_effect(self) -> Int8Step:
+        if self.percentile is not None and self.observer != "percentile":
+            raise ValueError(
+                f'percentile is for observer = "percentile", not for {self.observer!r}'
+            )
+        return self
 
     @property
     def title(self) -> str:
         """The step's row in the report."""
-        return "int8"
+        text = "int8"
+        if self.observer != "minmax":
+            text += f" {self.observer.replace('_', ' ')}"
+        if self.percentile is not None:
+            text += f" {self.percentile:g}"
+        if self.equalize is not None:
+            text += f" + equalize {self.equalize}"
+        if self.bias_correction:
+            text += " + bias correction"
+        return text
 
 
 class SplitStep(Section):
     """Split operators into parts whose working set is smaller."""
 
     kind: Literal["split"]
-    layers: Annotated[list[str], Field(min_length=1)] = Field(description="ids of layers")
+    layers: Annotated[list[str], Field(min_length=1)] = Field(
+        description="convolutions and matrix products: ids, name:GLOB, re:REGEX, op:TYPE, first, "
+        "last, each with ! before it to negate"
+    )
     parts: Annotated[int, Field(ge=2)]
     axis: Literal["channels", "batch"] = "channels"
 

@@ -23,6 +23,7 @@ from .report.schema import (
     LayerRow,
     OnnxFile,
     Peer,
+    QuantizedLayer,
     Report,
     Skipped,
     Source,
@@ -90,6 +91,8 @@ class Judged:
         Of the step, from the recipe.
     skipped : tuple of (str, str)
         Layers left alone, each with the reason.
+    errors : tuple of (str, float or None)
+        Quantized layers, each with its SQNR in dB.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Judged:
     previous: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
+    errors: tuple[tuple[str, float | None], ...] = ()
 
 
 def summarize(
@@ -190,6 +194,7 @@ def _row(row: Judged, measured: Measurement | None, *, has_peer: bool) -> StepRo
         reason=row.reason,
         settings=dict(row.settings),
         skipped=[Skipped(layer=layer, reason=reason) for layer, reason in row.skipped],
+        quantized=[QuantizedLayer(layer=layer, sqnr_db=sqnr) for layer, sqnr in row.errors],
         seconds=row.seconds,
     )
     version = row.version

@@ -36,6 +36,35 @@ from hone.cli.command import verb
     help="Lowest precision of the kernels.",
 )
 @click.option("--calibration", metavar="DATA", help="Samples that int8 takes its ranges from.")
+@click.option(
+    "--allow-random-calibration",
+    is_flag=True,
+    help="Take random:N for calibration, which says nothing about real value ranges.",
+)
+@click.option(
+    "--observer",
+    type=click.Choice(["minmax", "moving_average", "percentile", "entropy", "mse"]),
+    help="Chooses the ranges of int8; minmax when absent.",
+)
+@click.option(
+    "--percentile",
+    type=click.FloatRange(50, 100, min_open=True),
+    help="Of the values in the range, with --observer percentile; 99.99 when absent.",
+)
+@click.option(
+    "--equalize",
+    type=click.Choice(["weights", "activations"]),
+    help="Scale channels between layers first, to suit int8.",
+)
+@click.option(
+    "--bias-correction", is_flag=True, help="Take int8's mean error out of each layer's bias."
+)
+@click.option(
+    "--skip",
+    multiple=True,
+    metavar="LAYER",
+    help="Layer that int8 skips: ID, name:GLOB, re:REGEX, op:TYPE, first, last; ! negates.",
+)
 @options.shape
 @click.option("--tune", type=options.duration, metavar="TIME", help="Search so long first.")
 @options.database
@@ -48,6 +77,12 @@ def compile(
     threads: int,
     precision: str,
     calibration: str | None,
+    allow_random_calibration: bool,
+    observer: str | None,
+    percentile: float | None,
+    equalize: str | None,
+    bias_correction: bool,
+    skip: tuple[str, ...],
     shapes: tuple[str, ...],
     tune: float | None,
     database: Path | None,
@@ -58,10 +93,33 @@ def compile(
     from hone import driver
     from hone.importer import load
     from hone.progress import console
+    from hone.recipe import Int8Step
 
     options.writable(to, model)
-    if calibration is not None and precision != "int8":
-        raise click.UsageError("--calibration is for --precision int8.")
+    chosen = {
+        "--calibration": calibration,
+        "--allow-random-calibration": allow_random_calibration,
+        "--observer": observer,
+        "--percentile": percentile,
+        "--equalize": equalize,
+        "--bias-correction": bias_correction,
+        "--skip": skip,
+    }
+    useless = [name for name, value in chosen.items() if value]
+    if useless and precision != "int8":
+        raise click.UsageError(f"{useless[0]} is for --precision int8.")
+    if percentile is not None and observer != "percentile":
+        raise click.UsageError("--percentile is for --observer percentile.")
+    int8 = Int8Step.model_validate(
+        {
+            "kind": "int8",
+            "observer": observer or "minmax",
+            "percentile": percentile,
+            "equalize": equalize,
+            "bias_correction": bias_correction,
+            "skip": list(skip),
+        }
+    )
     package = driver.compile(
         load(model, options.read_shapes(shapes)),
         target=target,
@@ -71,6 +129,8 @@ def compile(
         database=database,
         locked=locked,
         calibration=calibration,
+        int8=int8 if precision == "int8" else None,
+        allow_random_calibration=allow_random_calibration,
         progress=console(),
     )
     package.save(to)

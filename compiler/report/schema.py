@@ -85,6 +85,16 @@ class Skipped(Row):
     reason: str
 
 
+class QuantizedLayer(Row):
+    """A layer in integers and how near its result is to the float model's."""
+
+    layer: str
+    sqnr_db: float | None = Field(
+        description="signal to quantization noise, all layers before it in integers too; "
+        "null without noise"
+    )
+
+
 class LayerRow(Row):
     """One kernel of the compiled model and the layers that it computes."""
 
@@ -151,6 +161,9 @@ class StepRow(Row):
     vs_onnxruntime: Comparison | None = None
     settings: dict[str, JsonValue] = {}
     skipped: list[Skipped] = []
+    quantized: list[QuantizedLayer] = Field(
+        default=[], description="quantization error on a few samples of the calibration data"
+    )
     layers: list[LayerRow] = []
     totals: Totals | None = Field(default=None, description="of the kernels in `layers`")
     seconds: Annotated[float, Field(ge=0)] | None = Field(

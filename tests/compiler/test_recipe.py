@@ -20,6 +20,7 @@ name = "rpi4"
 threads = 4
 [data]
 calibration = "calibration.npz"
+allow_random_calibration = true
 evaluation = "data.py:evaluation"
 [goal]
 goal = "size"
@@ -44,7 +45,11 @@ round_to = 8
 recover = { epochs = 3, learning_rate = 0.1, temperature = 4.0, batch = 16, seconds = 20 }
 [[step]]
 kind = "int8"
-skip = ["head"]
+observer = "percentile"
+percentile = 99.9
+equalize = "activations"
+bias_correction = true
+skip = ["head", "!op:Gemm"]
 [[step]]
 kind = "split"
 layers = ["conv1"]
@@ -91,7 +96,15 @@ def test_load_reads_every_section(write):
         epochs=3, learning_rate=0.1, temperature=4.0, batch=16, seconds=20
     )
     assert isinstance(int8, recipe.Int8Step)
-    assert int8.skip == ["head"]
+    assert int8 == recipe.Int8Step(
+        kind="int8",
+        observer="percentile",
+        percentile=99.9,
+        equalize="activations",
+        bias_correction=True,
+        skip=["head", "!op:Gemm"],
+    )
+    assert loaded.data.allow_random_calibration
     assert isinstance(split, recipe.SplitStep)
     assert (split.parts, split.axis) == (2, "channels")
 
@@ -119,13 +132,15 @@ def test_random_data_is_no_path(write):
 
 def test_step_names_are_unique_and_say_the_settings(write):
     extra = '[[step]]\nkind = "int8"\n'
+    extra += extra + 'observer = "moving_average"\n'
     assert recipe.load(write(FULL + extra)).step_names() == [
         "prune 50% of channels + recover",
-        "int8",
+        "int8 percentile 99.9 + equalize activations + bias correction",
         "split conv1 into 2 by channels",
         "tuned (30 s)",
         "tuned (5 s)",
-        "int8 #2",
+        "int8",
+        "int8 moving average",
     ]
 
 
@@ -176,6 +191,17 @@ amount = 3
 def test_load_lists_known_keys_when_none_is_near(write):
     assert problems_of(SMALLEST + "[target]\nzzz = 1\n", write) == [
         "  - target.zzz: unknown key, known are name, threads"
+    ]
+
+
+def test_load_refuses_a_percentile_that_nothing_uses(write):
+    step = '[data]\ncalibration = "c.npz"\n[[step]]\nkind = "int8"\npercentile = 99.0\n'
+    assert problems_of(SMALLEST + step, write) == [
+        "  - step[0]: percentile is for observer = \"percentile\", not for 'minmax'"
+    ]
+    step += 'observer = "percentile"\n'
+    assert problems_of(SMALLEST + step.replace("99.0", "50.0"), write) == [
+        "  - step[0].percentile: required is greater than 50, given is 50.0"
     ]
 
 

@@ -49,6 +49,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     return improve.build(a_recipe(folder, *steps, goal={"goal": "size"})), folder
 
 
+def test_report_has_the_quantization_error_of_every_layer(built: tuple[Report, Path]) -> None:
+    report, folder = built
+    (row,) = (row for row in report.steps if row.name == "int8")
+    assert [q.layer for q in row.quantized] == [
+        "/conv1/Conv", "/conv2/Conv", "/conv3/Conv", "/fc/Gemm",
+    ]  # fmt: skip
+    assert all(q.sqnr_db is not None and q.sqnr_db > 10 for q in row.quantized)
+    assert all(other.quantized == [] for other in report.steps if other is not row)
+    # Ranges are kept for the next build.
+    assert len(list((folder / "calibration").glob("*.npz"))) == 1
+
+
 def test_build_writes_package_and_both_reports(built: tuple[Report, Path]) -> None:
     report, folder = built
     assert verify(folder / "digits.hone").samples == 2
@@ -160,7 +172,7 @@ def test_build_is_an_error_before_any_work_when_a_layer_does_not_exist(tmp_path:
         {"kind": "int8", "skip": ["/conv2/Con"]},
         {"kind": "split", "layers": ["/conv2/Con"], "parts": 2},
     ):
-        with pytest.raises(UsageError, match="did you mean '/conv2/Conv'"):
+        with pytest.raises(UsageError, match="'/conv2/Con' is no layer, the nearest: /conv2/Conv"):
             improve.build(a_recipe(tmp_path, step), progress=Log())
     assert not messages
 

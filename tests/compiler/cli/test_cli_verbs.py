@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from hone.cli.compile import compile as compile_
 from hone.errors import OutOfTimeError
+from hone.passes.quantize.calibrator import Method
+from hone.passes.quantize.equalize import By
+from hone.recipe import Int8Step
 
 
 @pytest.fixture
@@ -210,6 +215,8 @@ class TestCompile:
             "database": "records",
             "locked": "True",
             "calibration": "c.npz",
+            "int8": str(Int8Step(kind="int8")),
+            "allow_random_calibration": "False",
         }
         assert shown.data["package_bytes"] == out.stat().st_size
 
@@ -223,6 +230,50 @@ class TestCompile:
         model.write_bytes(b"model")
         assert run("compile", model, "-o", model).code == 2
         assert model.read_bytes() == b"model"
+        assert seen == {}
+
+    def test_passes_every_option_of_int8_on(self, run, seen, tmp_path):
+        arguments = [
+            "--precision", "int8", "--calibration", "random:4", "--allow-random-calibration",
+            "--observer", "percentile", "--percentile", "99.5", "--equalize", "weights",
+            "--bias-correction", "--skip", "first", "--skip", "!op:Gemm",
+        ]  # fmt: skip
+        shown = run("compile", "net.onnx", *arguments, "-o", tmp_path / "net.hone")
+        assert shown.code == 0
+        assert seen["allow_random_calibration"] is True
+        assert seen["int8"] == Int8Step(
+            kind="int8",
+            observer="percentile",
+            percentile=99.5,
+            equalize="weights",
+            bias_correction=True,
+            skip=["first", "!op:Gemm"],
+        )
+
+    def test_observers_and_equalizations_are_those_of_the_passes_and_the_recipe(self):
+        choices = {p.name: p.type.choices for p in compile_.params if hasattr(p.type, "choices")}
+        assert list(choices["observer"]) == list(Method)
+        assert list(choices["equalize"]) == list(By)
+        fields = Int8Step.model_fields
+        assert typing.get_args(fields["observer"].annotation) == tuple(Method)
+        assert typing.get_args(typing.get_args(fields["equalize"].annotation)[0]) == tuple(By)
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            (["--observer", "mse"], "--observer is for --precision int8."),
+            (["--allow-random-calibration"], "--allow-random-calibration is for --precision int8."),
+            (["--skip", "first"], "--skip is for --precision int8."),
+            (
+                ["--precision", "int8", "--observer", "mse", "--percentile", "99"],
+                "--percentile is for --observer percentile.",
+            ),
+        ],
+    )
+    def test_refuses_options_of_int8_that_nothing_uses(self, run, seen, tmp_path, arguments, text):
+        shown = run("compile", "net.onnx", *arguments, "-o", tmp_path / "net.hone")
+        assert shown.code == 2
+        assert text in shown.err
         assert seen == {}
 
     def test_refuses_calibration_data_that_nothing_uses(self, run, seen, tmp_path):
