@@ -48,6 +48,10 @@ CLOSED_PIPE = 128 + 13
 """What a shell reports for a program that SIGPIPE ended, such as ``cat`` in ``cat x | head``."""
 
 
+RETRY_S = 0.05
+"""After which a Ctrl-C is heard that came while a library was loaded."""
+
+
 class Hone(click.Group):
     """The group of verbs; imports only the one that runs."""
 
@@ -165,6 +169,12 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
+def _is_loading(name: str) -> bool:
+    """Say whether a module's import has begun and not ended."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
     """Remember Ctrl-C: where it meets a callback of TVM's it comes back as another error."""
@@ -178,6 +188,11 @@ def _interrupts() -> Iterator[threading.Event]:
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         interrupted.set()
+        if _is_loading("tvm"):
+            # An exception between its C++ initializers crashes the process: try again after them.
+            thread = threading.get_ident()
+            threading.Timer(RETRY_S, signal.pthread_kill, [thread, number]).start()
+            return
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)

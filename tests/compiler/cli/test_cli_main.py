@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -170,6 +172,23 @@ def test_interrupt_exits_130_when_a_library_makes_another_error_of_it(
     shown = run("check", "net.onnx")
     assert (shown.code, shown.out, shown.err) == (130, "", "error: interrupted\n")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupt_waits_until_tvm_is_loaded(run, replace_module, monkeypatch):
+    loading = SimpleNamespace(__spec__=SimpleNamespace(_initializing=True))
+    steps = []
+
+    def check(*_: object) -> None:
+        monkeypatch.setitem(sys.modules, "tvm", loading)
+        signal.raise_signal(signal.SIGINT)
+        steps.append("loaded")
+        loading.__spec__._initializing = False
+        time.sleep(30)
+        steps.append("not interrupted")
+
+    replace_module("importer", check=check, parse_shape=None)
+    assert run("check", "net.onnx").code == 130
+    assert steps == ["loaded"]
 
 
 @pytest.mark.parametrize(
