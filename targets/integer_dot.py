@@ -6,6 +6,7 @@ weights, added to an int32. Importing this module imports nothing heavy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 from .target import Target
@@ -31,7 +32,7 @@ class IntegerDot(StrEnum):
     """ARM dotprod: s8 x s8, four to a lane; levels are read as ``level - 128``."""
 
 
-LEVEL_OFFSET = {IntegerDot.SDOT: 128}
+LEVEL_OFFSET: Mapping[IntegerDot | None, int] = {IntegerDot.SDOT: 128}
 """What an instruction subtracts from each unsigned level; the bias gives it back."""
 
 
