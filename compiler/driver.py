@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hone.passes.lower.fuse_operators import kernel_layers
+from hone.passes.quantize.match_qdq import is_qdq, match_qdq
+from hone.passes.quantize.quantize_int8 import Quantization
 from hone.targets import features
 from hone.targets.target import Target, resolve
 
@@ -56,11 +58,14 @@ class Assembled:
         The kernels before they were scheduled.
     scheduled : Scheduled
         The rule of each kernel, and which ones the tuning database covers.
+    quantization : Quantization or None
+        What of a model that was quantized before its import became integer kernels.
     """
 
     package: Package
     lowered: tvm.IRModule
     scheduled: pipeline.Scheduled
+    quantization: Quantization | None = None
 
 
 def runs_here(target: Target) -> bool:
@@ -87,7 +92,8 @@ def assemble(
     threads : int
         Threads of one run.
     precision : {"fp32", "int8"}
-        Lowest precision of the module's kernels; decides the tolerance of golden outputs.
+        Lowest precision of the module's kernels; decides the tolerance of golden outputs. A model
+        that was quantized before its import is int8, where any of its layers is.
     database : Database, optional
         Tuning records to use.
 
@@ -103,6 +109,10 @@ def assemble(
         No linker for the target (exit 6).
     """
     raise_problems(unpackable(model.signature), model.origin.path)
+    quantization = match_qdq(model.module) if is_qdq(model.module) else None
+    if quantization is not None:
+        model = model.with_module(quantization.module)
+        precision = "int8" if quantization.quantized else precision
     lowered = pipeline.lower(model.module, target, threads=threads)
     scheduled = pipeline.schedule(lowered, target, threads=threads, database=database)
     library = pipeline.link(scheduled.module, target, threads=threads)
@@ -134,7 +144,9 @@ def assemble(
         # Sorting and top-k are calls by name into the runtime's second library.
         needs_runtime_extra=b"tvm.contrib.sort" in library,
     )
-    return Assembled(package=package, lowered=lowered, scheduled=scheduled)
+    return Assembled(
+        package=package, lowered=lowered, scheduled=scheduled, quantization=quantization
+    )
 
 
 def reference_runner(
@@ -184,7 +196,8 @@ def compile(
         Threads of one run.
     precision : {"fp32", "int8"}
         ``int8`` quantizes with the calibration data; ``bf16`` is not available yet. The package
-        is fp32 where no layer fits.
+        is fp32 where no layer fits. A model that is quantized already keeps its own levels, and
+        its package is int8 without calibration data.
     tune_seconds : float, optional
         Search for better schedules for so long first; needs a target that runs here.
     database : Path, optional
@@ -233,7 +246,7 @@ def compile(
         raise UsageError("locked needs a database of tuning records", hint="--database DIR")
     records = _database(resolved, threads=threads, folder=database, tune_seconds=tune_seconds)
     unchanged = model
-    if precision == "int8":
+    if precision == "int8" and not is_qdq(model.module):
         candidate = steps.int8(
             model,
             int8 or Int8Step(kind="int8"),
@@ -256,6 +269,8 @@ def compile(
         assembled = assemble(
             model, target=resolved, threads=threads, precision=precision, database=records
         )
+    if assembled.quantization is not None:
+        _report_quantization(assembled.quantization, progress=progress)
     if records is not None:
         _report_hits(assembled.scheduled, locked=locked, progress=progress)
     runner = reference_runner(model, assembled.package, target=resolved, threads=threads)
@@ -268,7 +283,7 @@ def compile(
         progress.log(str(parity.check(unchanged, run, threads=threads)))
     return assembled.package.with_evidence(
         golden=golden_samples(model, runner),
-        recipe={"precision": precision, "tuned": records is not None},
+        recipe={"precision": assembled.package.manifest.precision, "tuned": records is not None},
     )
 
 
@@ -289,6 +304,15 @@ def _calibration(model: Model, given: str | Dataset | None, *, allow_random: boo
     if isinstance(given, str):
         return load_data(given, model.signature, allow_random=allow_random)
     return given
+
+
+def _report_quantization(found: Quantization, *, progress: Progress) -> None:
+    progress.log(
+        f"int8: the model is quantized: {len(found.quantized)} kernels in int8, "
+        f"{len(found.conversions)} conversions"
+    )
+    for layer, reason in found.skipped:
+        progress.log(f"int8: {layer} stays in float: {reason}")
 
 
 def _report_hits(scheduled: pipeline.Scheduled, *, locked: bool, progress: Progress) -> None:

@@ -169,7 +169,7 @@ class _Build:
         return Version(
             name=name,
             model=model,
-            precision=precision,
+            precision=assembled.package.manifest.precision,
             assembled=assembled,
             runner=runner,
             quality=quality,

@@ -133,8 +133,7 @@ class QdqWriter:
                 return found
         self._store(variables(call))
         levels = operators.quantize(self._rebuilder.use(call.args[0]), *_scalars(output))
-        name = f"{layer_of(var)}{PART}quantize"
-        new = self._rebuilder.emit(levels, name)
+        new = self._rebuilder.emit(levels, layer_of(var))
         return LevelTensor(var=new, layout=Layout.MODEL, levels=output)
 
     def _requantized(

@@ -1,0 +1,381 @@
+"""QDQ patterns become integer operators with the model's levels; what does not fit stays float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tvm
+from onnx import helper, numpy_helper
+from tvm import relax
+
+from hone import importer, pipeline
+from hone.passes.graph.dataflow import Dataflow
+from hone.passes.quantize.match_qdq import is_qdq, match_qdq
+from hone.passes.quantize.quantize_int8 import Quantization
+from hone.targets.target import resolve
+
+TARGET = resolve("host")
+
+
+class Net:
+    """Writes a QDQ model node by node; ``q`` and ``dq`` return names as an exporter would."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.rng = np.random.default_rng(seed)
+
+    def input(self, *shape: int, dtype: str = "float32") -> str:
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        name = f"x{len(self.inputs)}"
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def const(self, value: Any, dtype: Any = None) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def node(self, op: str, *inputs: str, domain: str = "", **attrs: Any) -> str:
+        name = f"{op.lower()}{len(self.nodes)}"
+        self.nodes.append(
+            helper.make_node(op, list(inputs), [f"{name}_out"], name=name, domain=domain, **attrs)
+        )
+        return f"{name}_out"
+
+    def q(self, x: str, scale: float, zero: int, dtype: str = "uint8") -> str:
+        return self.node(
+            "QuantizeLinear", x, self.const(scale, np.float32), self.const(zero, dtype)
+        )
+
+    def dq(self, x: str, scale: Any, zero: Any, dtype: str = "uint8", **attrs: Any) -> str:
+        return self.node(
+            "DequantizeLinear", x, self.const(scale, np.float32), self.const(zero, dtype), **attrs
+        )
+
+    def qdq(self, x: str, scale: float, zero: int, dtype: str = "uint8") -> str:
+        return self.dq(self.q(x, scale, zero, dtype), scale, zero, dtype)
+
+    def weight(self, *shape: int, axis: int | None = 0, dtype: str = "int8", zero: int = 0) -> str:
+        info = np.iinfo(dtype)
+        levels = self.rng.integers(info.min, info.max + 1, shape)
+        if axis is None:
+            return self.dq(self.const(levels, dtype), 0.01, zero, dtype)
+        scale = self.rng.uniform(0.005, 0.02, shape[axis])
+        zeros = np.full(shape[axis], zero)
+        return self.dq(self.const(levels, dtype), scale, zeros, dtype, axis=axis)
+
+    def bias(self, channels: int) -> str:
+        return self.const(self.rng.standard_normal(channels), np.float32)
+
+    def model(self, *outputs: str, opset: int = 17) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self.nodes, "net", self.inputs, [onnx.ValueInfoProto(name=o) for o in outputs],
+            self.constants,
+        )  # fmt: skip
+        opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+        return onnx.shape_inference.infer_shapes(model)
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(7)
+        feeds = {}
+        for value in self.inputs:
+            tensor = value.type.tensor_type
+            shape = [d.dim_value for d in tensor.shape.dim]
+            dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+            if dtype.kind == "f":
+                feeds[value.name] = rng.standard_normal(shape).astype(np.float32)
+            else:
+                info = np.iinfo(dtype)
+                feeds[value.name] = rng.integers(info.min, info.max + 1, shape, dtype)
+        return feeds
+
+
+def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    imported = importer.load(model)
+    lowered = pipeline.lower(imported.module, TARGET, threads=1)
+    scheduled = pipeline.schedule(lowered, TARGET, threads=1).module
+    vm = relax.VirtualMachine(pipeline.build_executable(scheduled, TARGET, threads=1), tvm.cpu())
+    result = vm["main"](*[tvm.runtime.tensor(feeds[s.name]) for s in imported.signature.inputs])
+    results = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
+    return [r.numpy() for r in results]
+
+
+def reference(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, ["CPUExecutionProvider"]
+    )
+    return session.run(None, dict(feeds))
+
+
+def check(
+    net: Net, *outputs: str, level: float = 1.0, share: float = 0.01, opset: int = 17
+) -> Quantization:
+    """Compare with onnxruntime: nearly everywhere equal, nowhere off by more than a level."""
+    model = net.model(*outputs, opset=opset)
+    feeds = net.feeds()
+    given, expected = run(model, feeds), reference(model, feeds)
+    for a, b in zip(given, expected, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert len(np.unique(b)) > 2
+        distance = np.abs(a.astype(np.float64) - b)
+        assert distance.max() <= level * 1.001
+        assert np.mean(distance > 1e-4 * level) <= share
+    return match_qdq(importer.load(model).module)
+
+
+def kinds(result: Quantization) -> list[str]:
+    return [str(layer.kind) for layer in result.quantized]
+
+
+def floats(result: Quantization) -> list[str]:
+    """Operators that compute in float32."""
+    return [
+        str(b.value.op.name)
+        for b in Dataflow(result.module["main"]).bindings
+        if isinstance(b.value, relax.Call) and str(b.var.ty.dtype) == "float32"
+    ]
+
+
+@pytest.mark.parametrize("weights", ["int8", "uint8"])
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize(("dtype", "zero"), [("uint8", 121), ("int8", -7)])
+def test_convolution_is_integer_when_quantized(dtype, zero, axis, weights):
+    net = Net()
+    x = net.qdq(net.input(1, 5, 9, 8), 0.02, zero, dtype)
+    w = net.weight(6, 5, 3, 3, axis=axis, dtype=weights, zero=128 if weights == "uint8" else 0)
+    y = net.node("Conv", x, w, net.bias(6), pads=[1, 0, 1, 2], strides=[2, 1])
+    result = check(net, net.qdq(y, 0.05, zero, dtype), level=0.05)
+    assert kinds(result) == ["conv2d"]
+    assert result.skipped == ()
+    assert floats(result) == ["hone.dequantize"]
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(4, 4), (1, 4)])
+def test_depthwise_and_dilated_convolutions_are_integer(groups, channels):
+    net = Net()
+    x = net.qdq(net.input(1, 4, 9, 9), 0.02, 128)
+    w = net.weight(channels, 4 // groups, 3, 3)
+    y = net.node("Conv", x, w, group=groups, dilations=[2, 2])
+    result = check(net, net.qdq(y, 0.03, 128), level=0.03)
+    assert (kinds(result), result.skipped) == (["conv2d"], ())
+
+
+@pytest.mark.parametrize(
+    ("activation", "bounds"), [("Relu", ()), ("Clip", (0.0, 6.0)), ("Clip", (-1.3, 2.2))]
+)
+def test_activation_joins_the_convolution_before_it(activation, bounds):
+    net = Net()
+    x = net.qdq(net.input(1, 4, 6, 6), 0.02, 128)
+    y = net.node("Conv", x, net.weight(8, 4, 3, 3))
+    y = net.node(activation, y, *(net.const(b, np.float32) for b in bounds))
+    result = check(net, net.qdq(y, 0.05, 128), level=0.05)
+    assert kinds(result) == ["conv2d"]
+    assert floats(result) == ["hone.dequantize"]
+
+
+def test_residual_joins_the_convolution_when_nothing_is_rounded_between():
+    net = Net()
+    x = net.qdq(net.input(1, 4, 6, 6), 0.02, 128)
+    y = net.node("Conv", x, net.weight(4, 4, 3, 3), net.bias(4), pads=[1, 1, 1, 1])
+    y = net.node("Relu", net.node("Add", x, y))
+    result = check(net, net.qdq(y, 0.05, 0), level=0.05, share=0.03)
+    assert kinds(result) == ["conv2d"]
+    assert result.quantized[0].layers == ("conv3", "add4", "relu5")
+    assert floats(result) == ["hone.dequantize"]
+
+
+def test_block_of_a_residual_network_is_integer_from_end_to_end():
+    net = Net()
+    x = net.qdq(net.input(1, 3, 16, 16), 0.02, 128)
+    a = net.qdq(net.node("Conv", x, net.weight(8, 3, 3, 3), strides=[2, 2]), 0.05, 0)
+    a = net.qdq(net.node("MaxPool", a, kernel_shape=[2, 2], strides=[1, 1]), 0.05, 0)
+    b = net.node("Conv", a, net.weight(8, 8, 3, 3), net.bias(8), pads=[1, 1, 1, 1])
+    b = net.qdq(b, 0.2, 100)
+    c = net.qdq(net.node("Relu", net.node("Add", a, b)), 0.15, 0)
+    d = net.qdq(net.node("GlobalAveragePool", c), 0.08, 0)
+    e = net.qdq(net.node("Flatten", d), 0.08, 0)
+    f = net.node("Gemm", e, net.weight(5, 8), net.bias(5), transB=1)
+    result = check(net, net.qdq(f, 0.1, 128), level=0.1, share=0.2)
+    assert kinds(result) == ["conv2d", "conv2d", "add", "mean", "dense"]
+    assert floats(result) == ["hone.dequantize"]
+    assert len(result.conversions) == 2
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [("uint8", 128), ("int8", 0)])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_matrix_product_is_integer_for_rows_of_any_rank(rank, dtype, zero):
+    net = Net()
+    shape = (2, 5, 12)[-rank:]
+    x = net.qdq(net.input(*shape), 0.02, zero, dtype)
+    y = net.node("Add", net.node("MatMul", x, net.weight(12, 7, axis=1)), net.bias(7))
+    result = check(net, net.qdq(y, 0.05, zero, dtype), level=0.05)
+    assert kinds(result) == ["dense"]
+    assert floats(result) == ["hone.dequantize"]
+
+
+def test_float_result_is_the_sum_up_to_half_a_step_of_the_bias_when_no_quantization_follows():
+    net = Net()
+    x = net.qdq(net.input(1, 3, 6, 6), 0.02, 128)
+    y = net.node("Conv", x, net.weight(4, 3, 3, 3), net.bias(4))
+    result = check(net, net.node("Sigmoid", y), level=3e-5, share=1)
+    assert [layer.output for layer in result.quantized] == ["float32"]
+
+
+@pytest.mark.parametrize("include", [0, 1])
+def test_average_pooling_is_integer_when_windows_are_whole(include):
+    net = Net()
+    x = net.qdq(net.input(1, 3, 8, 8), 0.02, 100)
+    pads = {"pads": [1, 1, 1, 1], "count_include_pad": 1} if include else {}
+    y = net.node("AveragePool", x, kernel_shape=[3, 3], strides=[2, 2], **pads)
+    assert kinds(check(net, net.qdq(y, 0.01, 120), level=0.01)) == ["avg_pool2d"]
+
+
+def test_concatenation_rescales_its_parts_to_the_levels_of_the_result():
+    net = Net()
+    x = net.qdq(net.input(1, 3, 6, 6), 0.02, 128)
+    parts = [
+        net.qdq(net.node("Conv", x, net.weight(k, 3, 1, 1)), scale, 90)
+        for k, scale in ((4, 0.02), (3, 0.031))
+    ]
+    y = net.qdq(net.node("Concat", *parts, axis=1), 0.031, 90)
+    y = net.node("Conv", y, net.weight(5, 7, 1, 1))
+    result = check(net, net.qdq(y, 0.1, 128), level=0.1, share=0.05)
+    assert kinds(result) == ["conv2d"] * 3
+    assert floats(result) == ["hone.dequantize"]
+
+
+@pytest.mark.parametrize("op", ["Transpose", "Reshape", "Slice", "Relu", "MaxPool"])
+def test_move_passes_levels_on_and_rescales_where_the_model_does(op):
+    net = Net()
+    x = net.qdq(net.input(1, 4, 6, 6), 0.02, 128)
+    more = {
+        "Transpose": ((), {"perm": [0, 2, 1, 3]}),
+        "Reshape": ((net.const([2, 72], np.int64),), {}),
+        "Slice": (tuple(net.const([v], np.int64) for v in (1, 5, 2)), {}),
+        "Relu": ((), {}),
+        "MaxPool": ((), {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [2, 2]}),
+    }
+    inputs, attrs = more[op]
+    y = net.node(op, x, *inputs, **attrs)
+    outputs = net.qdq(y, 0.02, 128), net.qdq(y, 0.03, 100)
+    assert set(floats(check(net, *outputs, level=0.03))) == {"hone.dequantize"}
+
+
+def test_equal_quantizations_of_one_tensor_are_one():
+    net = Net()
+    x = net.qdq(net.input(1, 4, 6, 6), 0.02, 128)
+    y = net.node("Conv", x, net.weight(4, 4, 3, 3))
+    left, right = net.qdq(y, 0.05, 128), net.qdq(y, 0.05, 128)
+    z = net.node("Add", left, net.qdq(net.node("MaxPool", right, kernel_shape=[1, 1]), 0.05, 128))
+    result = check(net, net.qdq(z, 0.1, 128), level=0.1)
+    assert kinds(result) == ["conv2d", "add"]
+    assert floats(result) == ["hone.dequantize"]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_integer_inputs_and_outputs_keep_their_type(dtype):
+    net = Net()
+    zero = 128 if dtype == "uint8" else 3
+    x = net.dq(net.input(1, 4, 6, 6, dtype=dtype), 0.02, zero, dtype)
+    levels = net.q(net.node("Conv", x, net.weight(5, 4, 3, 3)), 0.2, zero, dtype)
+    result = check(net, levels, net.dq(levels, 0.2, zero, dtype))
+    assert kinds(result) == ["conv2d"]
+
+
+def test_levels_that_a_float_operator_reads_are_converted_for_it():
+    net = Net()
+    x = net.qdq(net.input(1, 4, 6, 6), 0.02, 128)
+    y = net.qdq(net.node("Conv", x, net.weight(4, 4, 3, 3)), 0.05, 128)
+    z = net.qdq(net.node("Sigmoid", y), 1 / 256, 0)
+    w = net.node("Conv", net.node("Mul", y, z), net.weight(4, 4, 1, 1))
+    result = check(net, net.qdq(w, 0.05, 128), level=0.05)
+    assert kinds(result) == ["conv2d"]
+    assert [s.layer for s in result.skipped] == ["conv11"]
+    assert "not quantized" in result.skipped[0].reason
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("asymmetric weights", "beyond int8"),
+        ("groups", "2 groups are neither one nor one for each channel"),
+        ("conv1d", "no integer kernel for conv1d"),
+        ("input channels", "one scale for each input channel"),
+    ],
+)
+def test_layer_stays_float_with_a_reason_when_no_kernel_fits(case, reason):
+    net = Net()
+    rank = 3 if case == "conv1d" else 4
+    x = net.qdq(net.input(*(1, 4, 7, 7)[:rank]), 0.02, 128)
+    weight, attrs = (6, 4, 3, 3)[:rank], {}
+    options: dict[str, Any] = {"axis": 1 if case == "input channels" else 0}
+    if case == "asymmetric weights":
+        options |= {"dtype": "uint8", "zero": 30}
+    if case == "groups":
+        weight, attrs = (6, 2, 3, 3), {"group": 2}
+    y = net.node("Conv", x, net.weight(*weight, **options), **attrs)
+    result = check(net, net.qdq(y, 0.05, 128), level=0.05)
+    assert result.quantized == ()
+    (skipped,) = result.skipped
+    assert reason in skipped.reason
+
+
+def test_two_activations_are_multiplied_in_float():
+    net = Net()
+    x, y = (net.qdq(net.input(1, 4, 4), 0.02, 128) for _ in range(2))
+    result = check(net, net.qdq(net.node("MatMul", x, y), 0.05, 128), level=0.05)
+    assert (kinds(result), result.skipped) == ([], ())
+
+
+def test_sums_that_int32_cannot_hold_stay_float():
+    net = Net()
+    x = net.qdq(net.input(1, 4, 4, 4), 1e-6, 128)
+    w = net.dq(net.const(np.full((2, 4, 1, 1), 100), "int8"), 1e-4, 0, "int8")
+    y = net.node("Conv", x, w, net.const([5.0, -4.0], np.float32))
+    result = match_qdq(importer.load(net.model(net.q(y, 0.1, 100))).module)
+    assert "int32 cannot hold" in result.skipped[0].reason
+
+
+def test_extreme_weights_and_levels_are_exact():
+    """-128 × 255 in every product: no kernel may saturate in between."""
+    net = Net()
+    x = net.dq(net.input(1, 64, 4, 4, dtype="uint8"), 1.0, 0)
+    w = net.dq(net.const(np.full((8, 64, 3, 3), -128), "int8"), 1.0, 0, "int8")
+    y = net.node("Conv", x, w)
+    model = net.model(net.q(y, 100000.0, 255))
+    for feed in (np.full((1, 64, 4, 4), 255, np.uint8), net.feeds()["x0"]):
+        (given,) = run(model, {"x0": feed})
+        sums = -128 * np.lib.stride_tricks.sliding_window_view(
+            feed.astype(np.int64), (3, 3), axis=(2, 3)
+        ).sum((1, 4, 5))
+        expected = np.clip(np.rint(sums * np.float32(1e-5)) + 255, 0, 255)
+        assert np.array_equal(given, np.broadcast_to(expected[:, None], given.shape))
+
+
+def test_module_without_quantization_is_left_as_it_is():
+    net = Net()
+    model = net.model(net.node("Relu", net.input(1, 4)))
+    module = importer.load(model).module
+    assert not is_qdq(module)
+    assert match_qdq(module).module.same_as(module)
+
+
+def test_matched_module_is_not_matched_again():
+    net = Net()
+    x = net.qdq(net.input(1, 4, 6, 6), 0.02, 128)
+    y = net.qdq(net.node("Conv", x, net.weight(4, 4, 3, 3)), 0.05, 128)
+    module = importer.load(net.model(y)).module
+    assert is_qdq(module)
+    matched = match_qdq(module).module
+    assert not is_qdq(matched)
+    assert match_qdq(matched).quantized == ()
