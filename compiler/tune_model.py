@@ -23,7 +23,7 @@ from tvm.s_tir import meta_schedule as ms
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 
 from .kernel_timer import BUILTIN, clock_reader
-from .measure import SETTLE_S, InProcess, Measurement, Rounds
+from .measure import SETTLE_S, Measurement, Rounds
 from .pipeline import finalize_stages
 from .reason import reason_of
 from .records import Match
@@ -32,7 +32,9 @@ from .tune_builder import die_with_parent, make_arguments
 from .tune_confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, confirm
 
 BLOCK_S = 0.01
-"""Least length of one block of runs."""
+LONGEST_BLOCK_S = 0.05
+"""Length of one block of runs, and the length at which it ends early: on a busy machine, a kernel
+whose threads wait for one that does not run takes a thousand times as long."""
 
 MEASURE_S = 1.5
 MEASURE_SHARE = 0.25
@@ -43,9 +45,14 @@ PROFILE_S = 0.3
 PROBES = 5
 """Runs that tell how long one takes."""
 
+ONCE = Rounds(rounds=1, runs=1, warmup=0)
+
 RUNS = (3, 200)
 ROUNDS = (8, 60)
-"""Least and most runs of a block, and blocks of a comparison."""
+"""Least and most runs of a block, and blocks of a comparison, as planned."""
+
+LEAST_ROUNDS = 5
+"""A comparison that the deadline ends before so many is no comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,21 +121,38 @@ class _Version:
         self._machine.set_instrument(None)
         return names
 
-    def watch(self, runs: int) -> np.ndarray:
-        """Return ``[runs, calls]``: seconds of every call."""
-        self._machine.set_instrument(self._clock)
-        rows = []
-        for _ in range(runs):
+    def watch(self, rounds: Rounds) -> np.ndarray:
+        """Return ``[runs, calls]`` of one block: seconds of every call."""
+        rows: list[tuple[int, ...]] = []
+
+        def run() -> None:
             self._ticks.clear()
             self.run()
             rows.append(tuple(self._ticks))
+
+        self._machine.set_instrument(self._clock)
+        kept = len(_block(run, rounds))
         self._machine.set_instrument(None)
-        return np.diff(np.array(rows, np.int64), axis=1)[:, ::2] * 1e-9
+        return np.diff(np.array(rows[-kept:], np.int64), axis=1)[:, ::2] * 1e-9
+
+    def clock(self, rounds: Rounds) -> np.ndarray:
+        """Return ``[runs]`` of one block: seconds of every run."""
+        return _block(self.run, rounds)
 
 
-def _clocked(run: Callable[[], None]) -> Callable[[int], np.ndarray]:
-    contender = InProcess(run)
-    return lambda runs: np.array(contender.block(runs))
+def _block(run: Callable[[], object], rounds: Rounds) -> np.ndarray:
+    """Return the seconds of the runs of one block after its warm-up; at least one."""
+    seconds: list[float] = []
+    started = time.perf_counter()
+    for number in range(rounds.runs):
+        before = time.perf_counter()
+        run()
+        after = time.perf_counter()
+        if number >= rounds.warmup or not number:
+            seconds.append(after - before)
+        if after - started > LONGEST_BLOCK_S and number:
+            break
+    return np.array(seconds[1:] or seconds)
 
 
 class RunningModel:
@@ -165,11 +189,9 @@ class RunningModel:
         self._candidates: dict[str, Candidates] = {}
         self._built: dict[tuple[str, int], list[tvm.runtime.Module]] = {}
         self._deadline = float("inf")
-        self._run_s = self._seconds(self._untuned.run)
-        self._watched_s = self._seconds(lambda: self._untuned.watch(1))
-
-    def _seconds(self, run: Callable[[], object]) -> float:
-        return float(np.median(InProcess(run).block(PROBES)))
+        probes = Rounds(rounds=1, runs=PROBES + 1, warmup=1)
+        self._run_s = float(np.median(self._untuned.clock(probes)))
+        self._watched_s = float(np.median(_block(lambda: self._untuned.watch(ONCE), probes)))
 
     def _build(self, functions: Mapping[str, tirx.PrimFunc]) -> tvm.runtime.Module:
         module = tvm.IRModule(
@@ -203,9 +225,7 @@ class RunningModel:
     def profile(self, seconds: float = PROFILE_S) -> dict[str, float]:
         """Return the seconds of all calls of each function in one run of the untuned model."""
         rounds = plan(self._watched_s, 1, seconds)
-        watched = np.concatenate(
-            [self._untuned.watch(rounds.runs)[rounds.warmup :] for _ in range(rounds.rounds)]
-        )
+        watched = np.concatenate([self._untuned.watch(rounds) for _ in range(rounds.rounds)])
         times = np.median(watched, axis=0)
         times -= times.min()  # the instrument's own time
         found: dict[str, float] = {}
@@ -245,11 +265,11 @@ class RunningModel:
         return rounds, now + seconds
 
     def _interleave(
-        self, blocks: Mapping[str, Callable[[int], np.ndarray]], run_s: float
-    ) -> dict[str, np.ndarray]:
-        """Return ``[rounds, runs, ...]`` of each contender, measured in turns.
+        self, blocks: Mapping[str, Callable[[Rounds], np.ndarray]], run_s: float
+    ) -> dict[str, list[np.ndarray]]:
+        """Return the block of each round of each contender, measured in turns.
 
-        A busy machine may slow down a hundredfold: after the least number of rounds the clock
+        A busy machine may slow down a thousandfold: after the least number of rounds the clock
         ends them.
         """
         rounds, end = self._plan(run_s, len(blocks))
@@ -257,15 +277,15 @@ class RunningModel:
         names = list(blocks)
         for number in range(rounds.rounds):
             now = time.monotonic()
-            if now > self._deadline:
-                raise OutOfTime
-            if number >= ROUNDS[0] and now > end:
+            if now > (end if number >= ROUNDS[0] else self._deadline):
                 break
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 time.sleep(SETTLE_S)
-                samples[name].append(blocks[name](rounds.runs)[rounds.warmup :])
-        return {name: np.array(rows) for name, rows in samples.items()}
+                samples[name].append(blocks[name](rounds))
+        if len(samples[names[0]]) < LEAST_ROUNDS:
+            raise OutOfTime
+        return samples
 
     def kernels(self, choice: Choice) -> Mapping[str, Measurement]:
         """Time each kernel of a choice; see `hone.tune_confirm.Stage`."""
@@ -283,15 +303,15 @@ class RunningModel:
         seconds = self._interleave(
             {UNTUNED: self._untuned.watch, RECORD: version.watch}, self._watched_s
         )
-        timer_s = np.median(seconds[UNTUNED], axis=(0, 1)).min()
+        timer_s = float(np.median([np.median(block, axis=0).min() for block in seconds[UNTUNED]]))
         measured = {}
         for kernel in built:
             functions = set(self._candidates[kernel].functions)
             columns = [i for i, name in enumerate(self._calls) if name in functions]
-            measured[kernel] = Measurement(
-                seconds={
-                    name: np.maximum(times[:, :, columns] - timer_s, 1e-9).sum(axis=2)
-                    for name, times in seconds.items()
+            measured[kernel] = _measurement(
+                {
+                    name: [np.maximum(b[:, columns] - timer_s, 1e-9).sum(axis=1) for b in blocks]
+                    for name, blocks in seconds.items()
                 }
             )
         return measured
@@ -303,8 +323,15 @@ class RunningModel:
             kernels = [lib for item in choice.items() for lib in self._kernel(*item)]
             version = self._version(kernels) if kernels else self._untuned
             version.run()
-            blocks[name] = _clocked(version.run)
-        return Measurement(seconds=self._interleave(blocks, self._run_s))
+            blocks[name] = version.clock
+        return _measurement(self._interleave(blocks, self._run_s))
+
+
+def _measurement(blocks: Mapping[str, list[np.ndarray]]) -> Measurement:
+    """Return a measurement of the median of each block, whose numbers of runs may differ."""
+    return Measurement(
+        seconds={name: np.array([[np.median(b)] for b in rows]) for name, rows in blocks.items()}
+    )
 
 
 def serve(connection: Connection, model: str, target: str) -> None:
