@@ -111,6 +111,8 @@ def trace(func: tirx.PrimFunc, machine: Machine) -> tuple[s_tir.Schedule | None,
         The schedule with its trace, None where no rule applies; the rule's name; and why a more
         special one did not apply.
     """
+    if not isinstance(func.body, s_tir.SBlockRealize) or func.body.block.name_hint != "root":
+        return None, "none", "its loops are written out, parallel ones included"
     reason = ""
     probe = s_tir.Schedule(tvm.IRModule({"main": func}))
     first = _template({name_of(probe, block): block for block in leaves(probe)})
