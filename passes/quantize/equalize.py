@@ -90,18 +90,21 @@ def equalize(
     For channel i, with ``r1`` the range (largest magnitude) of the first layer's weights, or of
     the activation, and ``r2`` that of the second layer's weights which read the channel::
 
-        s_i = sqrt(r1_i / r2_i), to the nearest power of two
+        s_i = sqrt(r1_i / r2_i) / median of it over the channels, to the nearest power of two
         W1[i] / s_i,  b1[i] / s_i,  W2[:, i] × s_i
 
-    Both ranges then are ``sqrt(r1_i × r2_i)``. hone quantizes weights per output channel, so the
+    Without the median both ranges would be ``sqrt(r1_i × r2_i)``. A factor that all channels share
+    changes nothing, and taking it out keeps channels together that are nearly equal, which the
+    rounding could otherwise tear apart. hone quantizes weights per output channel, so the
     factors matter to what has one scale for all channels: the activation, and the inputs of the
     second layer's filters. For a depthwise second layer with ``by`` activations the weights do not
-    matter (each channel has its own scale), and ``s_i = r1_i / max r1``. Pairs share layers, so
-    rounds are repeated until nothing changes. A channel of zeros keeps s = 1. Where a finite bound
+    matter (each channel has its own scale), and ``s_i = r1_i / max r1``, rounded up, so that
+    no channel exceeds the largest. Pairs share layers, so rounds are repeated until nothing
+    changes. A channel of zeros keeps s = 1. Where a finite bound
     follows (ReLU6), a channel that reaches it keeps s = 1, and no other is scaled up beyond it.
 
-    Worked number: r1 = [8, 0.5], r2 = [0.5, 0.5]: s = [4, 1]; the ranges become [2, 0.5] and
-    [2, 0.5].
+    Worked number: r1 = [8, 0.5, 0.5], r2 = [0.5, 0.5, 0.5]: the roots are [4, 1, 1], their median
+    is 1, s = [4, 1, 1]; the ranges become [2, 0.5, 0.5] and [2, 0.5, 0.5].
 
     Sources: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction"
     (ICCV 2019), equations 8 to 12; Xiao et al., "SmoothQuant" (ICML 2023), equation 4 with
@@ -209,13 +212,14 @@ def _factors(
     else:
         giving = np.abs(weights[first.output]).reshape(len(scale), -1).max(1)
     useful = (giving > 0.0) & (reading > 0.0)
-    ratio = np.divide(
-        giving,
-        giving.max(initial=0.0) if own_scales else reading,
-        out=np.ones_like(giving),
-        where=useful,
-    )
-    exponent = np.rint(np.log2(ratio) * (1.0 if own_scales else 0.5))
+    if not useful.any():
+        return np.ones_like(giving)
+    giving, reading = np.where(useful, giving, 1.0), np.where(useful, reading, 1.0)
+    if own_scales:
+        exponent = np.ceil(np.log2(giving / giving[useful].max()))
+    else:
+        root = 0.5 * np.log2(giving / reading)
+        exponent = np.rint(root - np.median(root[useful]))
     done = np.log2(scale)
     exponent = np.clip(exponent + done, -LARGEST_EXPONENT, LARGEST_EXPONENT) - done
     # Nothing that a bound did not clip may be clipped afterwards.

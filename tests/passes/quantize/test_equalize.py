@@ -108,19 +108,21 @@ def test_result_is_the_same_bit_for_bit_when_channels_are_scaled(chain, rng, by:
 
 
 def test_weights_match_the_worked_number() -> None:
-    first = np.zeros((2, 1, 1, 3), np.float32)
-    first[0, 0, 0], first[1, 0, 0] = [8.0, -1.0, 0.0], [0.5, 0.0, 0.25]
-    second = np.full((2, 1, 1, 2), 0.5, np.float32)
+    first = np.zeros((3, 1, 1, 3), np.float32)
+    first[:, 0, 0] = [[8.0, -1.0, 0.0], [0.5, 0.0, 0.25], [0.0, -0.5, 0.5]]
+    second = np.full((2, 1, 1, 3), 0.5, np.float32)
 
     def build(x: relax.Var, emit: Emit) -> relax.Expr:
         a = emit(conv(x, first, padding=0), "conv1")
         return conv(emit(relax.op.nn.relu(a), "relu1"), second, padding=0)
 
-    result = equalize(network(build), ranges(conv1=[1.0, 1.0]))
+    result = equalize(network(build), ranges(conv1=[1.0, 1.0, 1.0]))
     np.testing.assert_array_equal(
-        np.abs(constants(result.module, "conv1")).max((1, 2, 3)), [2.0, 0.5]
+        np.abs(constants(result.module, "conv1")).max((1, 2, 3)), [2.0, 0.5, 0.5]
     )
-    np.testing.assert_array_equal(np.abs(constants(result.module, "y")).max((0, 1, 2)), [2.0, 0.5])
+    np.testing.assert_array_equal(
+        np.abs(constants(result.module, "y")).max((0, 1, 2)), [2.0, 0.5, 0.5]
+    )
 
 
 def test_ranges_of_both_sides_are_within_a_factor_of_two_when_settled(chain) -> None:
@@ -131,8 +133,9 @@ def test_ranges_of_both_sides_are_within_a_factor_of_two_when_settled(chain) -> 
         (np.abs(depthwise).max((1, 2, 3)), np.abs(last).max((0, 1, 2))),
     ]
     for giving, reading in pairs:
-        # s is the nearest power of two of sqrt(r1 / r2): at rest, r1 / r2 lies within 2^±1.
-        assert np.all(np.abs(np.log2(giving / reading)) <= 1.0)
+        # At rest, sqrt(r1 / r2) is within a factor of sqrt(2) of the median.
+        root = 0.5 * np.log2(giving / reading)
+        assert np.all(np.abs(root - np.median(root)) <= 0.5)
 
 
 def test_activations_become_even_before_a_depthwise_layer(chain) -> None:
@@ -141,8 +144,9 @@ def test_activations_become_even_before_a_depthwise_layer(chain) -> None:
     result = equalize(module, seen, by=By.ACTIVATIONS)
     scale = constants(module, "conv1").ravel() / constants(result.module, "conv1").ravel()
     even = np.array([r.maximum for r in seen["conv1"]]) / scale
-    # Nearest powers of two of r / max r.
-    assert even.max() / even.min() <= 2.0
+    # Powers of two from r / max r up: nothing exceeds the largest channel.
+    assert even.max() == 30.0
+    assert even.min() > 15.0
 
 
 def relu6(x: relax.Expr) -> relax.Expr:
