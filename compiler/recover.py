@@ -16,6 +16,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from hone.passes.apply import apply
 from hone.passes.distill.kl_loss import KLDivergence, SquaredError, Term
 from hone.passes.distill.lift_constants import BindConstants, LiftConstants
 from hone.passes.distill.training_view import backbone
@@ -135,7 +136,7 @@ def distill(
     if not 0.0 <= mix <= 1.0:
         raise UsageError(f"mix must be in [0, 1], not {mix}")
     progress = progress or silent()
-    student = FoldBatchNorm()(student)
+    student = apply(student, FoldBatchNorm())
     samples = _samples(student["main"], inputs)
     own = shape_of(student["main"].params[0])[0]
     batch = max(min(batch, len(samples[0])) // own, 1) * own
@@ -186,7 +187,7 @@ def distill(
         )
         weights, loss_after = initial, loss_before
     return RecoverResult(
-        module=BindConstants(weights)(LiftConstants(names=weights.keys())(student)),
+        module=apply(student, LiftConstants(names=weights.keys()), BindConstants(weights)),
         losses=tuple(losses),
         loss_before=loss_before,
         loss_after=loss_after,
@@ -257,7 +258,7 @@ def _teacher(
     compiler: Compiler, teacher: tvm.IRModule, batch: int
 ) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
     """Return the function from one batch of inputs to the teacher's outputs."""
-    module = Rebatch(batch)(FoldBatchNorm()(teacher))
+    module = apply(teacher, FoldBatchNorm(), Rebatch(batch))
     main = backbone(module["main"]).with_attr("global_symbol", "main")
     machine = compiler.forward(tvm.IRModule({"main": main}))
 

@@ -10,6 +10,7 @@ import tvm
 from tvm import relax
 from tvm.relax.training import SetupTrainer
 
+from hone.passes.apply import apply
 from hone.passes.distill.adam import Adam
 from hone.passes.distill.kl_loss import DistillationLoss, Term
 from hone.passes.distill.legalize_training import LegalizeTraining
@@ -96,13 +97,13 @@ class Trainer:
     def __init__(
         self, compiler: Compiler, student: tvm.IRModule, terms: Sequence[Term], batch: int
     ) -> None:
-        batched = Rebatch(batch)(student)
+        batched = apply(student, Rebatch(batch))
         found = _same_shapes(trainable_constants(student), trainable_constants(batched))
         if not found:
             raise ModelError("the model has no float32 weight of a convolution or matmul to train")
         self._names = [constant.name for constant in found]
         self.learning_rate = 0.0
-        network = backbone(LiftConstants(names=self._names)(batched)["main"])
+        network = backbone(apply(batched, LiftConstants(names=self._names))["main"])
         require_gradients(network, len(student["main"].params))
         attributes = {"param_num": len(found), "state_num": 0}
         module = tvm.IRModule({_BACKBONE: network}).with_attrs(attributes)

@@ -186,14 +186,14 @@ def _interrupts() -> Iterator[threading.Event]:
         yield interrupted  # somebody else owns the signal
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         interrupted.set()
         if _is_loading("tvm"):
             # An exception between its C++ initializers crashes the process: try again after them.
             thread = threading.get_ident()
             threading.Timer(RETRY_S, signal.pthread_kill, [thread, number]).start()
-            return
-        raise KeyboardInterrupt
+        else:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
     try:

@@ -161,9 +161,8 @@ class ChannelFlow:
             first, second = sorted((self.root(one.channels), self.root(two.channels)))
             if first != second:
                 self._parent[second] = first
-                reason = self._reasons.pop(second, None)
-                if reason is not None:
-                    self._reasons.setdefault(first, reason)
+                if second in self._reasons:
+                    self._reasons.setdefault(first, self._reasons.pop(second))
         return a
 
     def cut(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 import numpy as np
 import tvm
@@ -193,7 +194,10 @@ class PruneChannels:
         return min(max(multiple, self._minimum), group.size)
 
 
-def _choice(kind: type[Norm] | type[Scope], value: str, name: str) -> Norm | Scope:
+Choice = TypeVar("Choice", Norm, Scope)
+
+
+def _choice(kind: type[Choice], value: str, name: str) -> Choice:
     try:
         return kind(value)
     except ValueError:
@@ -211,6 +215,8 @@ def _shrink(flow: ChannelFlow, keep: dict[int, np.ndarray]) -> relax.Function:
         value = operands.get(cut.argument)
         if value is None:
             value = flow.graph.constant(flow.graph.definition[cut.var].args[cut.argument])
+        if value is None:
+            raise RuntimeError(f"{cut.var.name}: a weight was constant when it was traced")
         operands[cut.argument] = np.take(value, flow.positions(cut.segments, keep), cut.axis)
 
     builder = Rebuilder(flow.graph.function)

@@ -74,7 +74,10 @@ def test_a_step_is_reverted_when_the_database_has_no_record_of_the_model(
 @pytest.mark.parametrize(
     ("verdicts", "note"),
     [
-        ((Verdict.CONFIRMED, Verdict.REJECTED), "7 new records, used for 1 of 2 kernels, which are faster"),
+        (
+            (Verdict.CONFIRMED, Verdict.REJECTED),
+            "7 new records, used for 1 of 2 kernels, which are faster",
+        ),
         ((Verdict.REJECTED, None), "7 new records, none makes the model faster"),
         ((None, None), "7 new records"),
     ],
