@@ -153,7 +153,7 @@ class _Expansion:
 
     def real(self, x: int, *, axis: int | None = None) -> str:
         """Return the real values of input ``x``, followed by its scale and zero point."""
-        attrs = {} if axis is None else {"axis": axis}
+        attrs: dict[str, Any] = {} if axis is None else {"axis": axis}
         return self.emit(
             "DequantizeLinear",
             [self.input(x), self.scale(self.input(x + 1)), self.input(x + 2)],
@@ -215,7 +215,7 @@ def _qlinear_conv(e: _Expansion) -> bool:
 
 
 def _bias(e: _Expansion, index: int, scale: str, axis: int | None) -> str:
-    attrs = {} if axis is None else {"axis": 0}
+    attrs: dict[str, Any] = {} if axis is None else {"axis": 0}
     return e.emit("DequantizeLinear", [e.input(index), scale], **attrs)
 
 
@@ -309,7 +309,7 @@ def _integer(op: str) -> Rule:
             return False
         one = e.constant("one", np.ones((), np.float32))
         ones = e.constant("ones", np.ones(points.shape, np.float32)) if per_channel else one
-        attrs = {"axis": channel} if per_channel else {}
+        attrs: dict[str, Any] = {"axis": channel} if per_channel else {}
         data = e.emit("DequantizeLinear", [e.input(0), one, e.input(2)])
         filters = e.emit("DequantizeLinear", [e.input(1), ones, e.input(3)], **attrs)
         sums_name = e.main(op, [data, filters], **e.attributes)

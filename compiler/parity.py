@@ -242,8 +242,8 @@ def check(
             allowed = {} if allowance is None else allowance.of(inputs, expected)
             errors = []
             for name in (s.name for s in model.signature.outputs):
-                error, limit = _compare(given[name], expected[name], rtol, allowed.get(name))
-                errors.append(OutputError(name=name, relative_error=error, tolerance=limit))
+                found, limit = _compare(given[name], expected[name], rtol, allowed.get(name))
+                errors.append(OutputError(name=name, relative_error=found, tolerance=limit))
             if not all(e.ok for e in errors):
                 raise _failed(model, inputs, errors, seed=number, rtol=rtol, threads=threads)
             for error in errors:

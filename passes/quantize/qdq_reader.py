@@ -68,10 +68,10 @@ class Weight:
     def real(self) -> np.ndarray:
         """Return the real values, float64."""
         if self.axis is None:
-            return self.levels * self.scale
+            return np.asarray(self.levels * self.scale)
         shape = [1] * self.levels.ndim
         shape[self.axis] = -1
-        return self.levels * self.scale.reshape(shape)
+        return np.asarray(self.levels * self.scale.reshape(shape))
 
 
 def levels_of_quantize(call: relax.Expr) -> Levels | None:

@@ -7,7 +7,7 @@ any more and is left out. Numerics: see `hone.passes.quantize.match_qdq`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -94,9 +94,9 @@ class QdqWriter:
     def _levels(self, expr: relax.Expr) -> LevelTensor:
         return self._moves.levels(expr, self._source)
 
-    def _store(self, used: Sequence[relax.Var] | object) -> None:
+    def _store(self, used: Iterable[relax.Var]) -> None:
         """Write the level tensors that an operator outside of integers reads as they are."""
-        for var in used:  # type: ignore[attr-defined]
+        for var in used:
             first = self._same.get(var, var)
             if first not in self._tensors or var in self._stored:
                 continue
