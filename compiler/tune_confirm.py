@@ -28,13 +28,37 @@ class OutOfTime(Exception):  # noqa: N818 - not an error: the records stay uncon
     """What was asked for does not fit into the time that is left."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """The same blocks of runs, seen twice.
+
+    Parameters
+    ----------
+    typical : Measurement
+        The median of each block: what runs took while the machine did what else it did.
+    quiet : Measurement
+        A low quantile of each block: what they take when it does nothing else. On a busy machine
+        a kernel on one thread beats one whose threads wait for a processor, and only there.
+    """
+
+    typical: Measurement
+    quiet: Measurement
+
+    def faster(self, name: str, *, over: str) -> bool:
+        """Say whether a contender is faster when the machine is quiet, and no slower otherwise."""
+        return (
+            self.quiet.speedup(name, over=over).outcome is Outcome.FASTER
+            and self.typical.speedup(name, over=over).outcome is not Outcome.SLOWER
+        )
+
+
 class Stage(Protocol):
     """Something that runs the model with some of its kernels replaced.
 
     Both methods raise `OutOfTime` when there is not enough of it.
     """
 
-    def kernels(self, choice: Choice) -> Mapping[str, Measurement]:
+    def kernels(self, choice: Choice) -> Mapping[str, Views]:
         """Time each kernel of a choice in the running model, in turns with the untuned model.
 
         The contenders are `UNTUNED` and `RECORD`; a sample is all calls of one run. A kernel
@@ -42,7 +66,7 @@ class Stage(Protocol):
         """
         ...
 
-    def whole(self, choices: Mapping[str, Choice]) -> Measurement:
+    def whole(self, choices: Mapping[str, Choice]) -> Views:
         """Time whole runs that nobody watches, one contender per choice."""
         ...
 
@@ -60,7 +84,7 @@ class Trial:
     kept : bool
         Whether it is to be used.
     seconds, untuned_s : float
-        Of all its calls in one run, with and without the candidate.
+        Of all its calls in one run, with and without the candidate, when the machine is quiet.
     """
 
     kernel: str
@@ -79,20 +103,21 @@ class Confirmation:
     trials : tuple of Trial
         What was tried; a kernel's first candidate before its second.
     speedup : Speedup or None
-        Of the whole model with the kept candidates over the untuned one; None when none is kept.
+        Of the whole model with the kept candidates over the untuned one, when the machine is
+        quiet; None when none is kept.
     """
 
     trials: tuple[Trial, ...]
     speedup: Speedup | None
 
 
-def _trial(kernel: str, candidate: int, measured: Measurement) -> Trial:
+def _trial(kernel: str, candidate: int, views: Views) -> Trial:
     return Trial(
         kernel=kernel,
         candidate=candidate,
-        kept=measured.speedup(RECORD, over=UNTUNED).outcome is Outcome.FASTER,
-        seconds=measured.latency(RECORD).median_ms * 1e-3,
-        untuned_s=measured.latency(UNTUNED).median_ms * 1e-3,
+        kept=views.faster(RECORD, over=UNTUNED),
+        seconds=views.quiet.latency(RECORD).median_ms * 1e-3,
+        untuned_s=views.quiet.latency(UNTUNED).median_ms * 1e-3,
     )
 
 
@@ -164,17 +189,14 @@ def confirm(
     )
 
 
-def _best(measured: Measurement) -> tuple[str, Speedup | None]:
+def _best(views: Views) -> tuple[str, Speedup | None]:
     """Return the contender to keep: the confirmed one unless another is faster outside noise."""
-    faster = {
-        name: speedup
-        for name in measured.seconds
-        if name != UNTUNED
-        and (speedup := measured.speedup(name, over=UNTUNED)).outcome is Outcome.FASTER
-    }
+    faster = [
+        name for name in views.quiet.seconds if name != UNTUNED and views.faster(name, over=UNTUNED)
+    ]
     if not faster:
         return UNTUNED, None
-    winner = next(iter(faster))
-    if len(faster) > 1 and measured.speedup(ALL, over=CONFIRMED).outcome is Outcome.FASTER:
+    winner = faster[0]
+    if len(faster) > 1 and views.faster(ALL, over=CONFIRMED):
         winner = ALL
-    return winner, faster[winner]
+    return winner, views.quiet.speedup(winner, over=UNTUNED)

@@ -29,7 +29,7 @@ from .reason import reason_of
 from .records import Match
 from .replay import REFUSALS, ReplayError, replay
 from .tune_builder import die_with_parent, make_arguments
-from .tune_confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, confirm
+from .tune_confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, Views, confirm
 
 BLOCK_S = 0.01
 LONGEST_BLOCK_S = 0.05
@@ -44,6 +44,9 @@ PROFILE_S = 0.3
 
 PROBES = 5
 """Runs that tell how long one takes."""
+
+QUIET = 0.1
+"""Quantile of a block's runs that shows a quiet machine."""
 
 ONCE = Rounds(rounds=1, runs=1, warmup=0)
 
@@ -287,7 +290,7 @@ class RunningModel:
             raise OutOfTime
         return samples
 
-    def kernels(self, choice: Choice) -> Mapping[str, Measurement]:
+    def kernels(self, choice: Choice) -> Mapping[str, Views]:
         """Time each kernel of a choice; see `hone.tune_confirm.Stage`."""
         libraries: list[tvm.runtime.Module] = []
         built = []
@@ -308,7 +311,7 @@ class RunningModel:
         for kernel in built:
             functions = set(self._candidates[kernel].functions)
             columns = [i for i, name in enumerate(self._calls) if name in functions]
-            measured[kernel] = _measurement(
+            measured[kernel] = _views(
                 {
                     name: [np.maximum(b[:, columns] - timer_s, 1e-9).sum(axis=1) for b in blocks]
                     for name, blocks in seconds.items()
@@ -316,7 +319,7 @@ class RunningModel:
             )
         return measured
 
-    def whole(self, choices: Mapping[str, Choice]) -> Measurement:
+    def whole(self, choices: Mapping[str, Choice]) -> Views:
         """Time whole runs; see `hone.tune_confirm.Stage`."""
         blocks = {}
         for name, choice in choices.items():
@@ -324,14 +327,21 @@ class RunningModel:
             version = self._version(kernels) if kernels else self._untuned
             version.run()
             blocks[name] = version.clock
-        return _measurement(self._interleave(blocks, self._run_s))
+        return _views(self._interleave(blocks, self._run_s))
 
 
-def _measurement(blocks: Mapping[str, list[np.ndarray]]) -> Measurement:
-    """Return a measurement of the median of each block, whose numbers of runs may differ."""
-    return Measurement(
-        seconds={name: np.array([[np.median(b)] for b in rows]) for name, rows in blocks.items()}
+def _views(blocks: Mapping[str, list[np.ndarray]]) -> Views:
+    """Return what blocks, whose numbers of runs may differ, say of their contenders."""
+    typical, quiet = (
+        Measurement(
+            seconds={
+                name: np.array([[np.quantile(block, quantile)] for block in rows])
+                for name, rows in blocks.items()
+            }
+        )
+        for quantile in (0.5, QUIET)
     )
+    return Views(typical=typical, quiet=quiet)
 
 
 def serve(connection: Connection, model: str, target: str) -> None:

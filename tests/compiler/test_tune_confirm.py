@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hone.measure import Measurement
-from hone.tune_confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, confirm
+from hone.tune_confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, Views, confirm
 
 ROUNDS, RUNS = 12, 5
 
@@ -45,29 +45,30 @@ class Model:
         if self._calls < 0:
             raise OutOfTime
 
-    def kernels(self, choice: Choice) -> Mapping[str, Measurement]:
+    def _views(self, seconds: Mapping[str, float]) -> Views:
+        measured = Measurement(
+            seconds={name: samples(value, i) for i, (name, value) in enumerate(seconds.items())}
+        )
+        return Views(typical=measured, quiet=measured)
+
+    def kernels(self, choice: Choice) -> Mapping[str, Views]:
         self._spend()
         self.asked.append(dict(choice))
         return {
-            kernel: Measurement(
-                seconds={
-                    UNTUNED: samples(self._kernels[kernel][-1], 1),
-                    RECORD: samples(self._kernels[kernel][number], 2),
-                }
+            kernel: self._views(
+                {UNTUNED: self._kernels[kernel][-1], RECORD: self._kernels[kernel][number]}
             )
             for kernel, number in choice.items()
             if number in self._kernels[kernel]
         }
 
-    def whole(self, choices: Mapping[str, Choice]) -> Measurement:
+    def whole(self, choices: Mapping[str, Choice]) -> Views:
         self._spend()
         totals = {
             name: sum(times[choice.get(kernel, -1)] for kernel, times in self._whole.items())
             for name, choice in choices.items()
         }
-        return Measurement(
-            seconds={name: samples(total, i) for i, (name, total) in enumerate(totals.items())}
-        )
+        return self._views(totals)
 
 
 def run(model: Model, **candidates: int) -> tuple[Confirmation, list[str]]:
@@ -139,7 +140,7 @@ def test_a_model_without_a_candidate_that_can_be_built_is_not_measured_as_a_whol
 
 def test_second_best_records_are_left_out_when_their_time_is_over() -> None:
     class Late(Model):
-        def kernels(self, choice: Choice) -> Mapping[str, Measurement]:
+        def kernels(self, choice: Choice) -> Mapping[str, Views]:
             if 1 in choice.values():
                 raise OutOfTime
             return super().kernels(choice)
@@ -154,3 +155,17 @@ def test_second_best_records_are_left_out_when_their_time_is_over() -> None:
 def test_no_conclusion_is_drawn_when_the_time_does_not_suffice(calls: int) -> None:
     with pytest.raises(OutOfTime):
         run(Model({"a": {-1: 100, 0: 50}}, calls=calls), a=1)
+
+
+@pytest.mark.parametrize(
+    ("typical", "quiet", "faster"),
+    [(0.5, 0.5, True), (0.5, 1.1, False), (1.0, 0.5, True), (1.1, 0.5, False), (0.5, 1.0, False)],
+)
+def test_faster_is_what_is_so_on_a_quiet_machine_and_not_slower_on_a_busy_one(
+    typical: float, quiet: float, faster: bool
+) -> None:
+    busy, calm = (
+        Measurement(seconds={UNTUNED: samples(1.0, 1), RECORD: samples(value, 2)})
+        for value in (typical, quiet)
+    )
+    assert Views(typical=busy, quiet=calm).faster(RECORD, over=UNTUNED) is faster

@@ -92,14 +92,14 @@ def test_a_replaced_kernel_runs_in_its_version_of_the_model_only(
     monkeypatch.setattr(tune_model, "replay", noted)
     model.offer({"0": candidates(module)}, time.monotonic() + 60)
     assert calls == 0
-    measured = model.kernels({"0": 0})["0"]
+    measured = model.kernels({"0": 0})["0"].quiet
     assert measured.seconds[RECORD].shape == measured.seconds[UNTUNED].shape
     rounds, _ = measured.seconds[RECORD].shape
     assert calls > 2 * rounds  # two equal kernels; warm-up runs are not returned
     calls = 0
     model.whole({UNTUNED: {}})
     assert calls == 0
-    whole = model.whole({UNTUNED: {}, "noted": {"0": 0}})
+    whole = model.whole({UNTUNED: {}, "noted": {"0": 0}}).typical
     assert whole.seconds["noted"].shape == whole.seconds[UNTUNED].shape
     assert calls > 2 * whole.seconds["noted"].size
     assert len(whole.seconds["noted"]) >= LEAST_ROUNDS
