@@ -179,6 +179,18 @@ def _clip_at_run_time(call: Call) -> Any:
     return x if call.input(2) is None else op.minimum(x, call.inputs[2])
 
 
+def _pairwise(operator: Any) -> Converter:
+    """Combine inputs two by two; stacked scalars divide by zero in TVM's layout inference."""
+
+    def convert(call: Call) -> Any:
+        result = call.inputs[0]
+        for operand in call.inputs[1:]:
+            result = call.bb.normalize(operator(result, operand))
+        return result
+
+    return convert
+
+
 def _hard_sigmoid(call: Call) -> Any:
     """``min(max(alpha x + beta, 0), 1)``."""
     alpha, beta = call.attributes.get("alpha", 0.2), call.attributes.get("beta", 0.5)
@@ -317,6 +329,8 @@ CONVERTERS: Final[Mapping[str, Converter]] = {
     "Identity": _identity,
     "IsInf": _is_inf,
     "LayerNormalization": _layer_normalization,
+    "Max": _pairwise(op.maximum),
+    "Min": _pairwise(op.minimum),
     "OneHot": _one_hot,
     "Pow": _pow,
     "Reshape": _reshape,

@@ -379,3 +379,43 @@ def test_matched_module_is_not_matched_again():
     matched = match_qdq(module).module
     assert not is_qdq(matched)
     assert match_qdq(matched).quantized == ()
+
+
+def test_weights_that_the_model_quantizes_itself_are_integers():
+    """NNCF and PyTorch keep float weights before their quantization, some transposed after it."""
+    net = Net()
+    x = net.qdq(net.input(1, 4, 6, 6), 0.02, 128)
+    floats_ = net.const(net.rng.standard_normal((5, 4, 3, 3)), np.float32)
+    y = net.node("Conv", x, net.qdq(floats_, 0.03, 0, "int8"), net.bias(5))
+    y = net.node("Reshape", net.qdq(y, 0.1, 128), net.const([4, 20], np.int64))
+    w = net.node("Transpose", net.weight(7, 20), perm=[1, 0])
+    result = check(net, net.qdq(net.node("MatMul", y, w), 0.2, 128), level=0.2)
+    assert kinds(result) == ["conv2d", "dense"]
+    assert floats(result) == ["hone.dequantize"]
+
+
+def test_scale_known_at_run_time_and_scales_along_an_axis_stay_float():
+    net = Net()
+    x = net.input(1, 4, 6, 6)
+    axis = {"axis": 1}
+    scales, zeros = net.const([0.01, 0.02, 0.03, 0.04], np.float32), net.const([9] * 4, np.uint8)
+    each = net.node("QuantizeLinear", x, scales, zeros, **axis)
+    each = net.node("DequantizeLinear", each, scales, zeros, **axis)
+    y = net.node("Conv", each, net.weight(5, 4, 3, 3))
+    result = check(net, net.qdq(y, 0.1, 128), level=0.1)
+    assert kinds(result) == []
+    assert "one constant scale" in result.skipped[0].reason
+
+
+@pytest.mark.parametrize("op", ["Conv", "MatMul"])
+def test_dynamically_quantized_layer_equals_onnxruntime(op):
+    net = Net()
+    x = net.input(*((1, 4, 6, 6) if op == "Conv" else (6, 40)))
+    name = f"dynamic{len(net.nodes)}"
+    outputs = [f"{name}_{part}" for part in ("levels", "scale", "zero")]
+    net.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], outputs, name=name))
+    shape = (5, 4, 3, 3) if op == "Conv" else (40, 7)
+    w = net.const(net.rng.integers(-128, 128, shape), np.int8)
+    y = net.node(f"{op}Integer", outputs[0], w, outputs[2])
+    y = net.node("Mul", net.node("Cast", y, to=1), outputs[1])
+    check(net, y, level=1.0, share=0.02)
