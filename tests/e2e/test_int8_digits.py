@@ -132,7 +132,7 @@ def test_only_the_input_is_converted_when_quantized(network) -> None:
 
 def test_stored_weights_shrink_nearly_to_a_quarter_when_quantized(network) -> None:
     module, result, _ = network
-    before = weights_bytes(pipeline.lower(module, TARGET, threads=1))
+    before = weights_bytes(pipeline.lower(module, TARGET, threads=1, compact=True))
     after = weights_bytes(pipeline.lower(result.module, TARGET, threads=1))
     # int8 for float32; a bias and a multiplier for each channel, where there was a bias only.
     assert 3.8 < before / after < 4.0
