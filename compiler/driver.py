@@ -80,6 +80,7 @@ def assemble(
     threads: int,
     precision: str = "fp32",
     database: Database | None = None,
+    compact: bool = False,
 ) -> Assembled:
     """Compile a model's module as it is and put it into a package without golden samples.
 
@@ -96,6 +97,8 @@ def assemble(
         that was quantized before its import is int8, where any of its layers is.
     database : Database, optional
         Tuning records to use.
+    compact : bool
+        Prefer small weights to speed, where a kernel has the choice.
 
     Returns
     -------
@@ -109,11 +112,10 @@ def assemble(
         No linker for the target (exit 6).
     """
     raise_problems(unpackable(model.signature), model.origin.path)
-    quantization = match_qdq(model.module) if is_qdq(model.module) else None
-    if quantization is not None:
-        model = model.with_module(quantization.module)
-        precision = "int8" if quantization.quantized else precision
-    lowered = pipeline.lower(model.module, target, threads=threads)
+    model, quantization = _in_integers(model)
+    if quantization is not None and quantization.quantized:
+        precision = "int8"
+    lowered = pipeline.lower(model.module, target, threads=threads, compact=compact)
     scheduled = pipeline.schedule(lowered, target, threads=threads, database=database)
     library = pipeline.link(scheduled.module, target, threads=threads)
     ids = {layer.binding: layer.id for layer in model.layers}
@@ -147,6 +149,17 @@ def assemble(
     return Assembled(
         package=package, lowered=lowered, scheduled=scheduled, quantization=quantization
     )
+
+
+def _in_integers(model: Model) -> tuple[Model, Quantization | None]:
+    """Return a model that was quantized before its import with hone's integer operators.
+
+    And what became of its layers; any other model comes back as it is, with None.
+    """
+    if not is_qdq(model.module):
+        return model, None
+    quantization = match_qdq(model.module)
+    return model.with_module(quantization.module), quantization
 
 
 def reference_runner(
@@ -342,8 +355,9 @@ def search(
     seconds: float,
     database: Database,
     progress: Progress,
+    compact: bool = False,
 ) -> TuneResult:
-    """Tune the kernels of a model's module as it is; see `tune`.
+    """Tune the kernels that `assemble` compiles; see `tune`.
 
     Raises
     ------
@@ -357,7 +371,8 @@ def search(
         )
     from .tune import tune as tune_kernels
 
-    lowered: tvm.IRModule = pipeline.lower(model.module, target, threads=threads)
+    model, _ = _in_integers(model)
+    lowered: tvm.IRModule = pipeline.lower(model.module, target, threads=threads, compact=compact)
     return tune_kernels(
         lowered, target, threads=threads, budget_s=seconds, database=database, progress=progress
     )

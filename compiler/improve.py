@@ -94,6 +94,7 @@ class _Build:
         self.target.tvm_target(recipe.target.threads)  # a target without code generation: exit 6
         self.threads = recipe.target.threads
         self.measurable = driver.runs_here(self.target)
+        self.compact = recipe.goal.goal == "size"
         _make_folder(recipe.output_directory)
         self.model = importer.load(recipe.model_path, recipe.model.shapes)
         for step in recipe.step:
@@ -157,6 +158,7 @@ class _Build:
                 threads=self.threads,
                 precision=precision,
                 database=self.database if tuned else None,
+                compact=self.compact,
             )
             runner = driver.reference_runner(
                 model, assembled.package, target=self.target, threads=self.threads
@@ -186,6 +188,7 @@ class _Build:
                 seconds=seconds,
                 database=self.database,
                 progress=self.progress,
+                compact=self.compact,
             )
         except OutOfTimeError as error:
             return error.message

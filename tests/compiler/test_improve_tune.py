@@ -49,6 +49,7 @@ def propose(monkeypatch: pytest.MonkeyPatch, outcome: TuneResult | OutOfTimeErro
     monkeypatch.setattr(driver, "search", search)
     build = improve._Build.__new__(improve._Build)
     build.measurable = True
+    build.compact = False
     build.recipe = SimpleNamespace(tune_seconds=lambda _step: 10.0)
     build.target = build.threads = build.database = build.progress = None
     kept = SimpleNamespace(model="the model", precision="int8")
