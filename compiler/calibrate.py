@@ -146,6 +146,8 @@ def channel_ranges(
             task.update(completed=len(dataset))
         if cache:
             cache.save(key, extremes)
+    else:
+        progress.log(f"channel ranges of {len(names)} tensors taken from the cache")
     return {
         name: tuple(Range(minimum=float(a), maximum=float(b)) for a, b in values.T)
         for name, values in extremes.items()
