@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import driver, environment, importer, onnx_file, parity, runtime
+from . import driver, environment, importer, parity, runtime
 from .errors import ModelError, UsageError
+from .importing import onnx_file
 from .measure import Contender, InProcess, Latency, Rounds, Speedup, measure
 from .model import Model
 from .package import Package

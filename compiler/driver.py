@@ -23,10 +23,10 @@ from .data import load as load_data
 from .database import Database
 from .errors import LockedError, ToolchainError, UsageError
 from .golden import Golden
+from .importing.boundary import unpackable
+from .importing.graph import raise_problems
 from .manifest import ProvenanceEntry, TargetEntry
 from .model import Model
-from .onnx_boundary import unpackable
-from .onnx_graph import raise_problems
 from .package import Package
 from .progress import Progress, silent
 from .recipe import Int8Step

@@ -1,7 +1,8 @@
 """ONNX in: a `Model` with static shapes, or every reason why not, at once.
 
-``load`` goes file → `onnx_file.read` → `onnx_reader.read_graph` (shapes, folding, problems) →
-`relax_builder.build` → `Model`. ``check`` stops before the last two, and never imports TVM.
+``load`` goes file → `importing.onnx_file.read` → `importing.reader.read_graph` (shapes, folding,
+problems) → `importing.relax_builder.build` → `Model`. ``check`` stops before the last two, and
+never imports TVM.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from . import onnx_boundary
 from .errors import UsageError
+from .importing import boundary
+from .importing.graph import Graph, Problem, fix_shapes, raise_problems
+from .importing.inlining import inline
+from .importing.onnx_file import OnnxFile, read
+from .importing.qdq import rewrite
+from .importing.reader import read_graph
 from .model import Model, Origin
-from .onnx_file import OnnxFile, read
-from .onnx_graph import Graph, Problem, fix_shapes, raise_problems
-from .onnx_inline import inline
-from .onnx_qdq import rewrite
-from .onnx_reader import read_graph
 from .signature import TensorSpec
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def check(
     for node in graph.nodes:
         operators[node.proto.op_type] = operators.get(node.proto.op_type, 0) + 1
     return CheckReport(
-        problems=(*graph.problems, *onnx_boundary.unpackable(graph.signature)),
+        problems=(*graph.problems, *boundary.unpackable(graph.signature)),
         nodes=len(graph.nodes),
         nodes_supported=sum(n.supported for n in graph.nodes),
         macs=sum(n.macs for n in graph.nodes),
@@ -199,11 +200,11 @@ def _read(
         )
     file = read(model)
     graph = read_graph(replace(file, proto=rewrite(inline(file))), shapes or {})
-    return file, replace(graph, problems=(*graph.problems, *onnx_boundary.problems(graph)))
+    return file, replace(graph, problems=(*graph.problems, *boundary.problems(graph)))
 
 
 def _build(graph: Graph, file: OnnxFile) -> tuple[object, tuple[Layer, ...]]:
-    from .relax_builder import ConversionError, build
+    from .importing.relax_builder import ConversionError, build
 
     try:
         return build(graph)

@@ -11,8 +11,8 @@ from tvm import relax, s_tir, tirx
 
 from hone.passes.lower.fuse_operators import kernel_layers
 
+from .importing.layer_names import PART
 from .layer_costs import layer_costs
-from .layer_names import PART
 from .model import Model
 
 # Blocks of multiply-adds over output tiles that are rounded up; see `hone.targets.schedule.cpu`.

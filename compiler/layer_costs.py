@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .layer_names import PART
+from .importing.layer_names import PART
 
 if TYPE_CHECKING:
     from tvm import relax

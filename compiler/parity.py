@@ -15,14 +15,14 @@ import numpy as np
 
 from .data import draw
 from .errors import AccuracyError
-from .layer_names import node_ids, part
+from .importing.graph import Graph
+from .importing.inlining import inline
+from .importing.layer_names import node_ids, part
+from .importing.onnx_file import read
+from .importing.qdq import rewrite
+from .importing.ranges import divisors, float_types, index_bounds
+from .importing.reader import read_graph
 from .model import Layer, Model
-from .onnx_file import read
-from .onnx_graph import Graph
-from .onnx_inline import inline
-from .onnx_qdq import rewrite
-from .onnx_ranges import divisors, float_types, index_bounds
-from .onnx_reader import read_graph
 from .reference import NotCheckedError, reference
 from .rounding import Allowance, is_quantized
 

@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .onnx_qdq import rewrite
+from .importing.qdq import rewrite
 from .reference import Reference
 
 LEVELS: Final = 2
@@ -100,7 +100,7 @@ def level_sizes(proto: onnx.ModelProto) -> dict[str, float]:
     Parameters
     ----------
     proto : onnx.ModelProto
-        In QDQ form, see `hone.onnx_qdq`.
+        In QDQ form, see `hone.importing.qdq`.
 
     Returns
     -------

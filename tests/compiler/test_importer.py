@@ -16,7 +16,7 @@ from tvm import relax
 import hone
 from hone import importer, models, shadow
 from hone.errors import ModelError, UsageError
-from hone.layer_names import binding_names, layer_binding, node_ids, part, unique
+from hone.importing.layer_names import binding_names, layer_binding, node_ids, part, unique
 from hone.signature import TensorSpec
 
 F32 = TensorProto.FLOAT
@@ -268,9 +268,9 @@ def test_shape_arithmetic_is_folded_when_shapes_are_static():
 
 
 def test_large_constants_are_left_to_run_time(monkeypatch):
-    from hone import onnx_reader
+    from hone.importing import reader
 
-    monkeypatch.setattr(onnx_reader, "FOLD_LIMIT_BYTES", 64)
+    monkeypatch.setattr(reader, "FOLD_LIMIT_BYTES", 64)
     nodes = [
         helper.make_node("ConstantOfShape", ["s"], ["zeros"], name="zeros"),
         helper.make_node("Add", ["x", "zeros"], ["y"], name="add"),
@@ -375,7 +375,7 @@ def test_a_constant_divisor_of_zero_is_a_problem():
 
 
 def test_a_converter_that_returns_another_type_is_a_model_error(monkeypatch):
-    from hone import relax_builder
+    from hone.importing import relax_builder
 
     broken = {**relax_builder.CONVERTERS, "Relu": lambda call: relax.op.sum(call.inputs[0])}
     monkeypatch.setattr(relax_builder, "CONVERTERS", broken)

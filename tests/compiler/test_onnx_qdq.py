@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hone import importer, shadow
 from hone.errors import ModelError
-from hone.layer_names import layer_binding
-from hone.onnx_qdq import rewrite
+from hone.importing.layer_names import layer_binding
+from hone.importing.qdq import rewrite
 from hone.passes.quantize.match_qdq import match_qdq
 
 MICROSOFT = "com.microsoft"

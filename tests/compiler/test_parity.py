@@ -11,10 +11,10 @@ from tvm import relax
 
 from hone import importer, parity, shadow
 from hone.errors import AccuracyError
+from hone.importing.onnx_file import read
+from hone.importing.ranges import float_types, index_bounds
+from hone.importing.reader import read_graph
 from hone.model import Model
-from hone.onnx_file import read
-from hone.onnx_ranges import float_types, index_bounds
-from hone.onnx_reader import read_graph
 from hone.reference import NotCheckedError, reference
 
 F32 = TensorProto.FLOAT

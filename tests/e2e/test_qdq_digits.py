@@ -17,8 +17,8 @@ import hone
 from hone import driver, importer, models, parity, rounding, runtime
 from hone.data import load as load_data
 from hone.errors import AccuracyError
+from hone.importing.qdq import rewrite
 from hone.model import Model
-from hone.onnx_qdq import rewrite
 from hone.passes.quantize.match_qdq import match_qdq
 from hone.reference import Reference
 from hone.targets.target import resolve

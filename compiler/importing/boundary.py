@@ -8,8 +8,9 @@ from typing import Final
 
 import numpy as np
 
-from .onnx_graph import Graph, Problem
-from .signature import Signature, TensorSpec
+from hone.signature import Signature, TensorSpec
+
+from .graph import Graph, Problem
 
 LARGEST_BYTES: Final = 64 << 30
 """Of one tensor. The widest activation of a common network (SAM's image encoder, 1024 by 1024
@@ -26,7 +27,7 @@ def problems(graph: Graph) -> list[Problem]:
     Parameters
     ----------
     graph : Graph
-        As `onnx_reader.read_graph` made it.
+        As `reader.read_graph` made it.
     """
     found = []
     for kind, specs in (("input", graph.inputs), ("output", graph.outputs)):

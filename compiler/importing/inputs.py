@@ -8,10 +8,11 @@ from typing import Final
 
 import onnx
 
-from .errors import UsageError
-from .onnx_graph import Problem, dtype_name, nearest
-from .onnx_ops import DTYPES
-from .signature import TensorSpec
+from hone.errors import UsageError
+from hone.signature import TensorSpec
+
+from .graph import Problem, dtype_name, nearest
+from .operators import DTYPES
 
 Shape = Sequence[int]
 

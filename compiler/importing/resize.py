@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.relax import op
 
-from .onnx_call import Call
+from .call import Call
 
 _METHODS = {"nearest": "nearest_neighbor", "linear": "linear", "cubic": "cubic"}
 
@@ -14,7 +14,7 @@ _METHODS = {"nearest": "nearest_neighbor", "linear": "linear", "cubic": "cubic"}
 def resize(call: Call) -> Any:
     """Convert Resize over the spatial axes of a tensor in NCW, NCHW or NCDHW.
 
-    Scales are divided sizes here (`hone.onnx_ops.refusal` sees to it), so that the output's shape,
+    Scales are divided sizes here (`operators.refusal` sees to it), so that the output's shape,
     which ONNX's shape inference gave, says all.
     """
     rank = len(call.shape())

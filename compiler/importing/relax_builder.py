@@ -12,14 +12,14 @@ from tvm import relax, tirx
 from tvm.relax import op
 from tvm.relax.frontend.onnx import onnx_frontend
 
+from hone.model import Layer
 from hone.passes.quantize.match_qdq import QDQ_ATTRIBUTE
+from hone.signature import TensorSpec
 
+from .call import Call
+from .converters import CONVERTERS
+from .graph import Graph, Node, Problem, attributes
 from .layer_names import binding_names, layer_binding, part
-from .model import Layer
-from .onnx_call import Call
-from .onnx_converters import CONVERTERS
-from .onnx_graph import Graph, Node, Problem, attributes
-from .signature import TensorSpec
 
 _QDQ = ("DequantizeLinear", "QuantizeLinear")
 

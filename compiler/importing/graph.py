@@ -1,4 +1,4 @@
-"""A static ONNX graph: what `hone.onnx_reader` makes of a file, and what can be said about it."""
+"""A static ONNX graph: what `reader` makes of a file, and what can be said about it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from .errors import ModelError
-from .signature import Signature, TensorSpec
+from hone.errors import ModelError
+from hone.signature import Signature, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Final
 
 import onnx
 
-from .onnx_graph import Graph, attributes
+from .graph import Graph, attributes
 
 _THROUGH: Final = frozenset(
     (

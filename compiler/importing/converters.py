@@ -14,11 +14,11 @@ import numpy as np
 from tvm import relax
 from tvm.relax import op
 
-from .onnx_call import Call, Converter, const
-from .onnx_division import DIVISIONS
-from .onnx_quantize import QUANTIZATION
-from .onnx_resize import resize
-from .onnx_windows import WINDOWS
+from .call import Call, Converter, const
+from .division import DIVISIONS
+from .quantize import QUANTIZATION
+from .resize import resize
+from .windows import WINDOWS
 
 
 def _is_float(dtype: str) -> bool:

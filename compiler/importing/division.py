@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from tvm.relax import op
 
-from .onnx_call import Call, Converter, const
+from .call import Call, Converter, const
 
 Divide = Callable[[Any, Any], Any]
 

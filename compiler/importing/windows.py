@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from tvm.relax import op
 
-from .onnx_call import Call, Converter, const
+from .call import Call, Converter, const
 
 _PAD_MODES: Final = {
     "constant": "constant",

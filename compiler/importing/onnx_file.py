@@ -10,7 +10,7 @@ from typing import Final
 import onnx
 from google.protobuf.message import DecodeError
 
-from .errors import ModelError
+from hone.errors import ModelError
 
 OLDEST_OPSET: Final = 9
 """Opset 9 is ONNX 1.4 of January 2019; older ones differ in too many operators."""

@@ -16,13 +16,14 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from hone.signature import TensorSpec
+
+from .graph import Graph, Node, Problem, attributes, dtype_name
+from .inference import InferenceError, evaluate, first_line, infer, macs, opset_imports
+from .inputs import resolve_inputs
 from .layer_names import node_ids
 from .onnx_file import OnnxFile
-from .onnx_graph import Graph, Node, Problem, attributes, dtype_name
-from .onnx_infer import InferenceError, evaluate, first_line, infer, macs, opset_imports
-from .onnx_inputs import resolve_inputs
-from .onnx_ops import DTYPES, SUPPORTED, NodeView, refusal
-from .signature import TensorSpec
+from .operators import DTYPES, SUPPORTED, NodeView, refusal
 
 FOLD_LIMIT_BYTES: Final = 256 << 20
 """A constant that would be larger is computed at run time. The largest weight of a common network,

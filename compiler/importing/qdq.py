@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from .graph import attributes, elem_type
 from .layer_names import node_ids
-from .onnx_graph import attributes, elem_type
 
 MICROSOFT: Final = "com.microsoft"
 

@@ -2,7 +2,7 @@
 
 Needs no TVM, so that ``hone check`` answers at once. ``tests/conformance`` runs onnx's own node
 tests through the importer: what gave wrong values there is either converted by hone itself
-(`hone.onnx_converters`) or refused here, with the reason.
+(`hone.importing.converters`) or refused here, with the reason.
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from hone.signature import TensorSpec
+
+from .graph import attributes, dtype_name, elem_type, type_proto
 from .onnx_file import OnnxFile
-from .onnx_graph import attributes, dtype_name, elem_type, type_proto
-from .onnx_ops import DTYPES, WEIGHTED
-from .signature import TensorSpec
+from .operators import DTYPES, WEIGHTED
 
 _DATA_ELEMENTS: Final = 4096
 """Shape inference needs the values of shapes, axes, pads and scales, never those of weights."""

@@ -11,9 +11,10 @@ from typing import Final
 import onnx
 from onnx import inliner
 
-from .errors import ModelError
+from hone.errors import ModelError
+
 from .onnx_file import OnnxFile
-from .onnx_ops import SUPPORTED
+from .operators import SUPPORTED
 
 _PROTO_LIMIT_BYTES: Final = 1 << 31
 _LEFT: Final = frozenset(("Bernoulli", "SequenceMap"))

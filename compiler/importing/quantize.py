@@ -19,8 +19,8 @@ from hone.passes.quantize import operators
 from hone.passes.quantize.qparams import SMALLEST_SCALE
 from hone.passes.quantize.type_inference import LEVEL_TYPES
 
-from .onnx_call import Call, Converter, const
-from .onnx_windows import WINDOWS
+from .call import Call, Converter, const
+from .windows import WINDOWS
 
 
 def _scalar(call: Call, index: int, dtype: str) -> Any:

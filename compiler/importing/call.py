@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from .signature import TensorSpec
+from hone.signature import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

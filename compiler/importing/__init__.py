@@ -1,0 +1,1 @@
+"""Reads an ONNX graph and writes it as Relax: what stands behind hone.importer."""
