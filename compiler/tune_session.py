@@ -44,6 +44,11 @@ CONFIRM_SHARE = 0.15
 CONFIRM_MOST_S = 25.0
 """How much of the budget the trial inside the model may take: a share, and at most so long."""
 
+LATE_SHARE = 0.1
+LEAST_TRIAL_S = 2.0
+"""A search that does not stop for the trial is replaced, when a share of the trial's time has
+passed and enough is left: TVM's part of it cannot be interrupted, and may take many seconds."""
+
 START_ATTEMPTS = 2
 """Children that may die before their first kernel; then it is not a kernel's fault."""
 
@@ -84,6 +89,8 @@ class Session:
         Whether the child searched every space to its end.
     current : int or None
         The kernel that the child works on.
+    searched : bool
+        Whether the search is over, and only the trial inside the model is left.
     speedup : float or None
         How many times faster the whole model is with the confirmed records; None when it was not
         tried, or none is confirmed.
@@ -104,7 +111,21 @@ class Session:
     first_record_s: float | None = None
     exhausted: bool = False
     current: int | None = None
+    searched: bool = False
     speedup: float | None = None
+
+    @property
+    def trial_s(self) -> float:
+        """Seconds that are kept for the trial inside the model."""
+        return min(CONFIRM_SHARE * self.budget_s, CONFIRM_MOST_S)
+
+    def is_late(self, now: float) -> bool:
+        """Say whether the search still goes on in the trial's time."""
+        return (
+            not self.searched
+            and now >= self.deadline - (1 - LATE_SHARE) * self.trial_s
+            and now <= self.deadline - LEAST_TRIAL_S
+        )
 
     @property
     def deadline(self) -> float:
@@ -134,6 +155,10 @@ class Session:
         kind = message["kind"]
         if kind == "done":
             self.exhausted = bool(message["exhausted"])
+            self.current = None
+            return
+        if kind == "searched":
+            self.searched = True
             self.current = None
             return
         if kind == "say":
@@ -227,7 +252,8 @@ class Session:
             "build_timeout_s": min(max(self.budget_s / 10, BUILD_TIMEOUT_S[0]), BUILD_TIMEOUT_S[1]),
             "run_timeout_s": RUN_TIMEOUT_S,
             "model": str(self.model),
-            "confirm_s": min(CONFIRM_SHARE * self.budget_s, CONFIRM_MOST_S),
+            "confirm_s": self.trial_s,
+            "searched": self.searched,
             "tasks": [
                 {
                     "name": task.name,
@@ -279,7 +305,13 @@ def interrupts() -> Iterator[Connection | None]:
 def _follow(
     session: Session, child: Child, interrupt: Connection | None, show: Callable[[], None]
 ) -> str:
-    """Write down what a child says until it ends; return why: done, time, interrupt, hang, died."""
+    """Write down what a child says until it ends.
+
+    Returns
+    -------
+    str
+        Why it ended: ``done``, ``time``, ``interrupt``, ``hang``, ``died``, or ``late``.
+    """
     heard = time.monotonic()
     sources: list[Connection] = [child.link] if interrupt is None else [child.link, interrupt]
     while True:
@@ -300,6 +332,8 @@ def _follow(
                 child.acknowledge()
         if now >= session.last_call:
             return "time"
+        if session.is_late(now):
+            return "late"
         if now - heard > session.watchdog_s:
             return "hang"
 
@@ -353,6 +387,12 @@ def search(
         if reason == "interrupt":
             return True
         if reason in ("done", "time") or time.monotonic() >= session.deadline:
+            return False
+        if reason == "late":
+            session.searched = True
+            continue
+        if session.searched:
+            session.log(f"the records were not tried inside the model: the trial {how}")
             return False
         if reason == "hang":
             how = f"was silent for {session.watchdog_s:g} s"

@@ -127,6 +127,7 @@ class Search:
         self._started = time.monotonic()
         self._last_s = float(request["deadline"])
         self._deadline = self._last_s - float(request["confirm_s"])
+        self._searched = bool(request["searched"])
         self._batch = int(request["batch"])
         self._seed = int(request["seed"])
         self._machine = Machine(**request["machine"])
@@ -145,7 +146,7 @@ class Search:
         for position, task in enumerate(tasks):
             if task["quarantined"]:
                 self._order.finish(position)
-        self._longest_proposal_s = 0.0
+        self._longest_thought_s = 0.0
         self._database = ms.database.MemoryDatabase()
         # More threads make training on this little data slower, ten times so on a busy machine.
         self._model = ms.CostModel.create("xgb", num_tuning_cores=1, num_warmup_samples=WARM_MODEL)
@@ -163,7 +164,8 @@ class Search:
 
     def run(self) -> None:
         """Search until every space is exhausted or the time is over; then try what was found."""
-        exhausted = self._search()
+        exhausted = not self._searched and self._search()
+        self._say("searched")
 
         self._confirm()
         self._whole.close()
@@ -236,10 +238,11 @@ class Search:
             )
         search = kernel.search
         started = time.monotonic()
-        if started + self._longest_proposal_s > self._deadline:
+        if started + self._longest_thought_s > self._deadline:
             return False
         proposal = search.propose()
-        self._longest_proposal_s = max(self._longest_proposal_s, time.monotonic() - started)
+        thought_s = time.monotonic() - started
+        self._longest_thought_s = max(self._longest_thought_s, thought_s)
         if not proposal.candidates:
             self._say("exhausted", task=position, reason=search.refusal)
             self._order.finish(position)
@@ -267,7 +270,10 @@ class Search:
             self._say("record", task=position, record=record)
         if outcomes < len(jobs):
             return False
+        started = time.monotonic()
         search.learn(proposal, seconds, new)
+        thought_s += time.monotonic() - started
+        self._longest_thought_s = max(self._longest_thought_s, thought_s)
         self._order.turned(position, progress=progress)
         self._say("batch", task=position)
         self._link.recv_bytes()  # the parent has written everything down
