@@ -153,7 +153,8 @@ class Search:
 
     def _profile(self) -> list[float] | None:
         """Return the seconds of each kernel in one run of the untuned model, if it runs."""
-        patience = min(PROFILE_SHARE * (self._last_s - self._started), PROFILE_MOST_S)
+        share = 1.0 if self._searched else PROFILE_SHARE
+        patience = min(share * (self._last_s - self._started), PROFILE_MOST_S)
         times = self._whole.profile(self._started + patience)
         if times is None:
             self._say("say", text=f"the whole model could not be timed: {self._whole.failure}")
