@@ -22,12 +22,12 @@ from .data import Dataset
 from .data import load as load_data
 from .database import Database
 from .errors import LockedError, ToolchainError, UsageError
-from .golden import Golden
 from .importing.boundary import unpackable
 from .importing.graph import raise_problems
-from .manifest import ProvenanceEntry, TargetEntry
 from .model import Model
 from .package import Package
+from .packaging.golden import Golden
+from .packaging.manifest import ProvenanceEntry, TargetEntry
 from .progress import Progress, silent
 from .recipe import Int8Step
 from .weights import weights_bytes

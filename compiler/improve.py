@@ -26,12 +26,13 @@ from .data import load as load_data
 from .database import Database
 from .errors import OutOfTimeError, UsageError
 from .evaluate import Quality, evaluate
-from .kernel_timer import ROUNDS
-from .manifest import AccuracyEntry
 from .measure import Contender, InProcess, Measurement, Outcome, Rounds, Speedup, measure
 from .model import Model
+from .packaging.manifest import AccuracyEntry
 from .peers import Peer
 from .profile import Profile, profile_compiled
+from .profiling.kernel_timer import ROUNDS
+from .profiling.roofline import of_this_machine
 from .progress import Progress, silent
 from .recipe import Int8Step, PruneStep, Recipe, SplitStep, TuneStep
 from .records import Verdict as RecordVerdict
@@ -39,7 +40,6 @@ from .reference import reference
 from .report import html
 from .report.schema import Latency, Report, Verdict
 from .report.schema import Peer as PeerRow
-from .roofline import of_this_machine
 from .summary import Judged, Version, summarize
 
 if TYPE_CHECKING:

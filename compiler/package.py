@@ -17,10 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
-from .archive import pack, unpack
 from .errors import PackageError, UsageError
-from .golden import FOLDER, Golden, from_members, member_names, to_members
-from .manifest import (
+from .packaging.archive import pack, unpack
+from .packaging.golden import FOLDER, Golden, from_members, member_names, to_members
+from .packaging.manifest import (
     LIBRARY,
     MANIFEST,
     AccuracyEntry,

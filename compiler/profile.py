@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import UsageError
-from .kernel_timer import ROUNDS, Call, Operand, Timing, Trace, time_calls, trace
 from .measure import bootstrap_median
 from .package import Package
+from .profiling.kernel_timer import ROUNDS, Call, Operand, Timing, Trace, time_calls, trace
+from .profiling.roofline import Bound, Roofline, of_this_machine
 from .progress import Progress, silent
-from .roofline import Bound, Roofline, of_this_machine
 from .runtime import Runner
 
 if TYPE_CHECKING:
     from .driver import Assembled
-    from .kernel_costs import KernelCost
     from .model import Model
+    from .profiling.kernel_costs import KernelCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +155,13 @@ def profile(
     seconds : float
         About how long to measure.
     costs : mapping of str to KernelCost, optional
-        Of each kernel, from `hone.kernel_costs.kernel_costs`.
+        Of each kernel, from `hone.profiling.kernel_costs.kernel_costs`.
     rules : mapping of str to str, optional
         What scheduled each kernel.
     roofline : Roofline, optional
         Of this machine, for as many threads.
     on_round : callable, optional
-        Called with the number of rounds done, of `hone.kernel_timer.ROUNDS`.
+        Called with the number of rounds done, of `hone.profiling.kernel_timer.ROUNDS`.
 
     Raises
     ------
@@ -256,7 +256,7 @@ def profile_compiled(
     inputs, seconds, roofline, on_round
         As for `profile`.
     """
-    from .kernel_costs import kernel_costs
+    from .profiling.kernel_costs import kernel_costs
 
     return profile(
         runner,

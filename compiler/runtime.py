@@ -19,10 +19,10 @@ import numpy as np
 from hone.targets import features
 
 from .errors import PackageError, UsageError
-from .manifest import Manifest
 from .package import Package
+from .packaging.manifest import Manifest
+from .packaging.tvm_runtime import Threads, TVMRuntime, tvm_runtime
 from .signature import Signature, TensorSpec
-from .tvm_runtime import Threads, TVMRuntime, tvm_runtime
 
 # Generated code loads and stores whole vectors at addresses that it takes for multiples of this
 # (kAllocAlignment in tvm/runtime/device_api.h).

@@ -22,9 +22,9 @@ from tvm.s_tir import meta_schedule as ms
 
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 
-from .kernel_timer import BUILTIN, clock_reader
 from .measure import SETTLE_S, Measurement, Rounds
 from .pipeline import finalize_stages
+from .profiling.kernel_timer import BUILTIN, clock_reader
 from .reason import reason_of
 from .records import Match
 from .replay import REFUSALS, ReplayError, replay

@@ -11,8 +11,8 @@ from hone.cli import options, output
 from hone.cli.command import verb
 
 if TYPE_CHECKING:
-    from hone.layer_costs import LayerCost
     from hone.package import Package
+    from hone.profiling.layer_costs import LayerCost
 
 
 @verb("inspect", example="hone inspect net.onnx --shape 'x:[1,3,224,224]'\nhone inspect net.hone")
@@ -72,9 +72,9 @@ def _accuracy(package: Package) -> str:
 
 
 def _inspect_model(file: Path, shapes: tuple[str, ...], as_json: bool) -> None:
-    from hone.activation_memory import activation_bytes
     from hone.importer import load
-    from hone.layer_costs import layer_costs
+    from hone.profiling.activation_memory import activation_bytes
+    from hone.profiling.layer_costs import layer_costs
     from hone.targets.target import resolve
 
     model = load(file, options.read_shapes(shapes))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
+from hone.profiling.roofline import Roofline
 from hone.report import numbers
 from hone.report.schema import Bytes, LayerRow, Row, Totals
-from hone.roofline import Roofline
 
 if TYPE_CHECKING:
     from hone.profile import Profile

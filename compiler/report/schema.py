@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from hone.errors import UsageError
-from hone.roofline import Roofline
+from hone.profiling.roofline import Roofline
 
 if TYPE_CHECKING:
     from hone.measure import Latency as Measured

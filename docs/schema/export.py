@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hone import manifest, recipe
+from hone import recipe
+from hone.packaging import manifest
 from hone.report import bench, profile, schema
 
 SCHEMAS = {

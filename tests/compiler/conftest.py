@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from hone.golden import Golden
-from hone.manifest import ProvenanceEntry, TargetEntry
 from hone.package import Package
+from hone.packaging.golden import Golden
+from hone.packaging.manifest import ProvenanceEntry, TargetEntry
 from hone.signature import Signature, TensorSpec
 from hone.targets import features
 

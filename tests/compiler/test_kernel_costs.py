@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hone import pipeline
 from hone.importer import load
-from hone.kernel_costs import kernel_costs
+from hone.profiling.kernel_costs import kernel_costs
 from hone.targets.target import resolve
 
 

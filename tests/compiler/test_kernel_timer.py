@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from hone import kernel_timer, runtime
+from hone import runtime
 from hone.errors import UsageError
-from hone.kernel_timer import Call, Trace
+from hone.profiling import kernel_timer
+from hone.profiling.kernel_timer import Call, Trace
 
 
 @pytest.fixture(scope="module")

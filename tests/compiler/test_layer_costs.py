@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hone.importer import load
-from hone.layer_costs import LayerCost, layer_costs
+from hone.profiling.layer_costs import LayerCost, layer_costs
 
 
 @dataclass(frozen=True)

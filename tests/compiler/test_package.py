@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import hone
-from hone import archive, manifest
 from hone.errors import PackageError, UsageError
-from hone.golden import Golden
-from hone.manifest import AccuracyEntry, Manifest
 from hone.package import Package
+from hone.packaging import archive, manifest
+from hone.packaging.golden import Golden
+from hone.packaging.manifest import AccuracyEntry, Manifest
 from hone.signature import Signature, TensorSpec
 
 COPY_AGAIN = "\n  hint: copy or download it again, or rebuild it with `hone compile`."

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hone import kernel_timer, profile, roofline, roofline_bench
+from hone import profile
 from hone.errors import UsageError
-from hone.kernel_costs import KernelCost
-from hone.kernel_timer import Call, Operand, Timing, Trace
-from hone.roofline import Bound, Level, Peak, Roofline
+from hone.profiling import kernel_timer, roofline, roofline_bench
+from hone.profiling.kernel_costs import KernelCost
+from hone.profiling.kernel_timer import Call, Operand, Timing, Trace
+from hone.profiling.roofline import Bound, Level, Peak, Roofline
 
 LIMITS = Roofline(
     threads=1,

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from hone import roofline, roofline_bench
-from hone.roofline import Bound, Level, Peak, Roofline
+from hone.profiling import roofline, roofline_bench
+from hone.profiling.roofline import Bound, Level, Peak, Roofline
 from hone.targets.target import resolve
 
 KIB = 1024

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hone import runtime, tvm_runtime
+from hone import runtime
 from hone.errors import PackageError, ToolchainError, UsageError
-from hone.manifest import Versions
 from hone.package import Package
+from hone.packaging import tvm_runtime
+from hone.packaging.manifest import Versions
 from hone.signature import Signature, TensorSpec
 from hone.targets import features
 

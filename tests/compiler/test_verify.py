@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hone.errors import AccuracyError, PackageError
-from hone.golden import Golden
+from hone.packaging.golden import Golden
 from hone.verify import OutputCheck, relative_error, verify
 
 

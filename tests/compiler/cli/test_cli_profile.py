@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from hone import roofline_bench
-from hone.roofline import Level, Peak, Roofline
+from hone.profiling import roofline_bench
+from hone.profiling.roofline import Level, Peak, Roofline
 
 
 @pytest.fixture

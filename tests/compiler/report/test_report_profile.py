@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from hone.profiling.roofline import Level, Peak, Roofline
 from hone.report import profile
 from hone.report.schema import LayerRow, Totals
-from hone.roofline import Level, Peak, Roofline
 
 KERNEL = LayerRow(
     kernel="fused_conv2d_relu",

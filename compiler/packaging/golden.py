@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import PackageError, UsageError
-from .signature import Signature, TensorSpec
+from hone.errors import PackageError, UsageError
+from hone.signature import Signature, TensorSpec
 
 FOLDER = "golden/"
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax, s_tir, tirx
 
+from hone.importing.layer_names import PART
+from hone.model import Model
 from hone.passes.lower.fuse_operators import kernel_layers
 
-from .importing.layer_names import PART
 from .layer_costs import layer_costs
-from .model import Model
 
 # Blocks of multiply-adds over output tiles that are rounded up; see `hone.targets.schedule.cpu`.
 ROUNDED_BLOCKS = ("conv_acc", "mm_acc", "bmm_acc")

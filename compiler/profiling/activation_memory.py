@@ -7,10 +7,9 @@ import math
 import tvm
 from tvm import relax
 
+from hone import pipeline
+from hone.model import Model
 from hone.targets.target import Target
-
-from . import pipeline
-from .model import Model
 
 
 def activation_bytes(model: Model, target: Target, *, threads: int) -> int:

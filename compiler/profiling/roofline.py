@@ -17,10 +17,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hone.environment import cpu_model, version
 from hone.targets.container import cpu_quota
 from hone.targets.target import Target
-
-from .environment import cpu_model, version
 
 PER_SECOND = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Raised when what is measured changes, so that older files are not read.

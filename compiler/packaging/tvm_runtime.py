@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import ToolchainError
+from hone.errors import ToolchainError
 
 _DISTRIBUTION = "apache-tvm"
 _EXTRA_FUNCTION = "tvm.contrib.sort.argsort"  # one that only the extra library registers

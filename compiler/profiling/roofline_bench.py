@@ -15,12 +15,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as ir
 from tvm.target.codegen import llvm_lookup_intrinsic_id
 
+from hone.packaging.tvm_runtime import Threads, tvm_runtime
 from hone.targets.container import memory_limit
 from hone.targets.target import Target
+from hone.tune_builder import build
 
 from .roofline import Level, Peak, Roofline
-from .tune_builder import build
-from .tvm_runtime import Threads, tvm_runtime
 
 # So much in one call that starting its threads does not count: a millisecond or two.
 STEPS_PER_CALL = 1 << 18

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .importing.layer_names import PART
+from hone.importing.layer_names import PART
 
 if TYPE_CHECKING:
     from tvm import relax
 
-    from .model import Model
+    from hone.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)

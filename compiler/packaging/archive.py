@@ -15,7 +15,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 
-from .errors import PackageError
+from hone.errors import PackageError
 
 COMMENT_CHARS = 64
 _LIMIT_BYTES = 2**32 - 1

@@ -19,9 +19,10 @@ from pydantic import (
     model_validator,
 )
 
+from hone.errors import PackageError
+from hone.signature import Signature, TensorSpec
+
 from .archive import is_safe_name
-from .errors import PackageError
-from .signature import Signature, TensorSpec
 
 SCHEMA: Final = "hone.package/1"
 MANIFEST = "manifest.json"

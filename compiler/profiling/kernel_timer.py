@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UsageError
-from .runtime import Runner
+from hone.errors import UsageError
+from hone.runtime import Runner
 
 BUILTIN = "vm.builtin."
 """What the names of the virtual machine's own routines begin with."""

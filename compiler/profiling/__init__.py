@@ -1,0 +1,1 @@
+"""Times, operations and limits: what stands behind hone.profile."""
