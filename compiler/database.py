@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import journal
-from .records import (
+from .tuning import journal
+from .tuning.records import (
     Applied,
     Entry,
     HitRate,
@@ -263,7 +263,7 @@ class Database:
         self._note(line)
 
     def verdicts(self, workload: str) -> dict[str, Verdict]:
-        """Return the verdicts on a kernel's records, by `hone.records.trace_key`.
+        """Return the verdicts on a kernel's records, by `hone.tuning.records.trace_key`.
 
         Parameters
         ----------
@@ -363,7 +363,7 @@ class Database:
         """
         from tvm.s_tir import meta_schedule as ms
 
-        from .replay import ReplayError, parse
+        from .tuning.replay import ReplayError, parse
 
         database = ms.database.MemoryDatabase()
         broken = 0
@@ -428,7 +428,8 @@ class Database:
     def apply(self, module: tvm.IRModule) -> Applied:
         """Schedule every kernel by its record, where that is better than no record.
 
-        Better inside the model, where that was tried; else in isolation: see `hone.records.choose`.
+        Better inside the model, where that was tried; else in isolation: see
+        `hone.tuning.records.choose`.
 
         Parameters
         ----------
@@ -442,7 +443,7 @@ class Database:
         """
         from tvm import IRModule
 
-        from .replay import ReplayError, replay
+        from .tuning.replay import ReplayError, replay
 
         hits, misses, kept, rejected, failed = [], [], [], [], []
         functions = dict(module.functions.items())

@@ -35,12 +35,12 @@ from .profiling.kernel_timer import ROUNDS
 from .profiling.roofline import of_this_machine
 from .progress import Progress, silent
 from .recipe import Int8Step, PruneStep, Recipe, SplitStep, TuneStep
-from .records import Verdict as RecordVerdict
 from .reference import reference
 from .report import html
 from .report.schema import Latency, Report, Verdict
 from .report.schema import Peer as PeerRow
 from .summary import Judged, Version, summarize
+from .tuning.records import Verdict as RecordVerdict
 
 if TYPE_CHECKING:
     from .tune import TuneResult

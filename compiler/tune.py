@@ -1,8 +1,9 @@
 """Tunes the kernels of a lowered module under a time budget, and writes what it finds at once.
 
-The search runs in a child process of its own session: `tune_worker.py` there, `tune_session.py`
-here. It proposes candidates (`tune_kernel.py`) in an order (`tune_order.py`), and each is built
-and timed in a process of its own (`tune_bench.py`, `tune_builder.py`).
+The search runs in a child process of its own session: `tuning/worker.py` there,
+`tuning/session.py` here. It proposes candidates (`tuning/kernel.py`) in an order
+(`tuning/order.py`), and each is built and timed in a process of its own (`tuning/bench.py`,
+`tuning/builder.py`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from hone.targets.target import Target
 from . import progress as progress_module
 from .database import Database
 from .errors import InterruptError, OutOfTimeError, UsageError
-from .records import Verdict
-from .tune_session import Session, interrupts, search
-from .tune_tasks import extract, untuned_model
+from .tuning.records import Verdict
+from .tuning.session import Session, interrupts, search
+from .tuning.tasks import extract, untuned_model
 
 LONGEST_TEMPORARY_PATH = 48
 

@@ -14,7 +14,7 @@ from hone.errors import UsageError
 
 if TYPE_CHECKING:
     from hone.database import Database
-    from hone.records import Entry
+    from hone.tuning.records import Entry
 
 
 @click.group()

@@ -18,7 +18,7 @@ from tvm.target.codegen import llvm_lookup_intrinsic_id
 from hone.packaging.tvm_runtime import Threads, tvm_runtime
 from hone.targets.container import memory_limit
 from hone.targets.target import Target
-from hone.tune_builder import build
+from hone.tuning.builder import build
 
 from .roofline import Level, Peak, Roofline
 

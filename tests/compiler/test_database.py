@@ -14,11 +14,11 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from hone import database as database_module
-from hone import records
 from hone.database import Database
 from hone.errors import UsageError
-from hone.records import Verdict, choose, contenders, kernels, trace_key, workload_module
 from hone.targets.target import resolve
+from hone.tuning import records
+from hone.tuning.records import Verdict, choose, contenders, kernels, trace_key, workload_module
 
 THREADS = 2
 HOST = resolve("host")
@@ -115,7 +115,7 @@ def test_lookup_finds_the_record_in_a_fresh_process(
     code = (
         "import sys, pathlib, tvm\n"
         "from hone.database import Database\n"
-        "from hone.records import kernels\n"
+        "from hone.tuning.records import kernels\n"
         "from hone.targets.target import resolve\n"
         "root = pathlib.Path(sys.argv[1])\n"
         "module = tvm.ir.load_json((root / 'module.json').read_text())\n"

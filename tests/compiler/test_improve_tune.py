@@ -8,9 +8,9 @@ import pytest
 
 from hone import driver, improve
 from hone.errors import OutOfTimeError
-from hone.records import Verdict
 from hone.steps import Candidate
 from hone.tune import TunedKernel, TuneResult
+from hone.tuning.records import Verdict
 
 
 def kernel(name: str, *, after_ms: float | None, verdict: Verdict | None = None) -> TunedKernel:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hone import journal
 from hone.errors import ToolchainError, UsageError
+from hone.tuning import journal
 
 
 def test_read_returns_every_value_when_the_file_is_whole(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_lock_says_who_holds_it_and_is_free_again_when_that_process_is_killed(
 ) -> None:
     path = tmp_path / "lock"
     code = (
-        "import sys, pathlib; from hone import journal\n"
+        "import sys, pathlib; from hone.tuning import journal\n"
         "with journal.lock(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hone.reason import reason_of
+from hone.tuning.reason import reason_of
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from tvm import relax
 from hone import database as database_module
 from hone.database import Database
 from hone.errors import HoneError, InterruptError, OutOfTimeError, UsageError
-from hone.records import Verdict, kernels
 from hone.targets.target import resolve
 from hone.tune import tune
+from hone.tuning.records import Verdict, kernels
 
 HOST = resolve("host")
 LONG_S = 240.0
@@ -84,7 +84,7 @@ def searchers(parent: int) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(parent).children()
-        if any("tune_worker" in part for part in child.cmdline())
+        if any("tuning.worker" in part for part in child.cmdline())
     ]
 
 

@@ -12,8 +12,8 @@ import tvm
 from tvm.script import tirx as T  # noqa: N812
 
 from hone.targets.target import resolve
-from hone.tune_bench import Bench, Outcome
-from hone.tune_builder import Job, WrongResultError, compare, make_arguments
+from hone.tuning.bench import Bench, Outcome
+from hone.tuning.builder import Job, WrongResultError, compare, make_arguments
 
 TARGET = json.dumps(resolve("host").llvm(1))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hone.measure import Measurement
-from hone.tune_confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, Views, confirm
+from hone.tuning.confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, Views, confirm
 
 ROUNDS, RUNS = 12, 5
 

@@ -9,13 +9,13 @@ import tvm_ffi
 from tvm import relax
 from tvm.s_tir import meta_schedule as ms
 
-from hone import tune_kernel
-from hone.records import kernels, workload_module
 from hone.targets.schedule.cpu import ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import resolve
-from hone.tune_kernel import KernelSearch, Proposal
-from hone.tune_variants import machines, template_candidates
+from hone.tuning import kernel as tune_kernel
+from hone.tuning.kernel import KernelSearch, Proposal
+from hone.tuning.records import kernels, workload_module
+from hone.tuning.variants import machines, template_candidates
 
 HOST = resolve("host")
 MACHINE = Machine.of(HOST, 2)
@@ -146,8 +146,8 @@ def test_search_never_loads_the_tensor_intrinsics() -> None:
     code = (
         "import sys, tvm\n"
         "from hone.targets.target import resolve\n"
-        "from hone import tune_builder, tune_worker\n"
-        "from hone.tune_kernel import make_context\n"
+        "from hone.tuning import builder, worker\n"
+        "from hone.tuning.kernel import make_context\n"
         "from tvm.s_tir import meta_schedule as ms\n"
         "target, strategy = resolve('host').tvm_target(1), ms.search_strategy.ReplayTrace()\n"
         "make_context(tvm.IRModule(), target, strategy, seed=1)\n"

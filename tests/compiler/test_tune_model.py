@@ -10,15 +10,15 @@ from tvm import relax, tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
-from hone import tune_model
 from hone.measure import SETTLE_S
-from hone.records import kernels, workload_module
 from hone.targets.schedule.cpu import ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import resolve
-from hone.tune_confirm import RECORD, UNTUNED, OutOfTime
-from hone.tune_model import LEAST_ROUNDS, ROUNDS, RUNS, Candidates, RunningModel, plan
-from hone.tune_tasks import untuned_model
+from hone.tuning import whole_model as tune_model
+from hone.tuning.confirm import RECORD, UNTUNED, OutOfTime
+from hone.tuning.records import kernels, workload_module
+from hone.tuning.tasks import untuned_model
+from hone.tuning.whole_model import LEAST_ROUNDS, ROUNDS, RUNS, Candidates, RunningModel, plan
 
 THREADS = 1
 TARGET = resolve("host").tvm_target(THREADS)

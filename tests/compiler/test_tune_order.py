@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hone.tune_order import Order, estimate_s
+from hone.tuning.order import Order, estimate_s
 
 
 def turns(order: Order, count: int) -> list[int]:

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hone import tune_session
 from hone.database import Database
 from hone.targets.target import resolve
-from hone.tune_session import Session, batch_size
+from hone.tuning import session as tune_session
+from hone.tuning.session import Session, batch_size
 
 HOST = resolve("host")
 

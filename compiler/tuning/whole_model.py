@@ -20,16 +20,16 @@ import tvm
 from tvm import relax, tirx
 from tvm.s_tir import meta_schedule as ms
 
+from hone.measure import SETTLE_S, Measurement, Rounds
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
+from hone.pipeline import finalize_stages
+from hone.profiling.kernel_timer import BUILTIN, clock_reader
 
-from .measure import SETTLE_S, Measurement, Rounds
-from .pipeline import finalize_stages
-from .profiling.kernel_timer import BUILTIN, clock_reader
+from .builder import die_with_parent, make_arguments
+from .confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, Views, confirm
 from .reason import reason_of
 from .records import Match
 from .replay import REFUSALS, ReplayError, replay
-from .tune_builder import die_with_parent, make_arguments
-from .tune_confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, Views, confirm
 
 BLOCK_S = 0.01
 LONGEST_BLOCK_S = 0.05
@@ -159,7 +159,7 @@ def _block(run: Callable[[], object], rounds: Rounds) -> np.ndarray:
 
 
 class RunningModel:
-    """A model whose kernels can be replaced; a `hone.tune_confirm.Stage`.
+    """A model whose kernels can be replaced; a `hone.tuning.confirm.Stage`.
 
     Parameters
     ----------
@@ -291,7 +291,7 @@ class RunningModel:
         return samples
 
     def kernels(self, choice: Choice) -> Mapping[str, Views]:
-        """Time each kernel of a choice; see `hone.tune_confirm.Stage`."""
+        """Time each kernel of a choice; see `hone.tuning.confirm.Stage`."""
         libraries: list[tvm.runtime.Module] = []
         built = []
         for kernel, number in choice.items():
@@ -320,7 +320,7 @@ class RunningModel:
         return measured
 
     def whole(self, choices: Mapping[str, Choice]) -> Views:
-        """Time whole runs; see `hone.tune_confirm.Stage`."""
+        """Time whole runs; see `hone.tuning.confirm.Stage`."""
         blocks = {}
         for name, choice in choices.items():
             kernels = [lib for item in choice.items() for lib in self._kernel(*item)]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from .measure import Measurement, Outcome, Speedup
+from hone.measure import Measurement, Outcome, Speedup
 
 UNTUNED, RECORD = "untuned", "record"
 """The contenders of each kernel's measurement."""

@@ -18,14 +18,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from hone.database import Database
+from hone.errors import HoneError
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
 
-from .database import Database
-from .errors import HoneError
+from .child import Child
 from .records import Verdict, seconds_of
-from .tune_child import Child
-from .tune_tasks import Task
+from .tasks import Task
 
 GRACE_S = 0.5
 """How long after the deadline the child is stopped, whatever it does: it times nothing any more,

@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from .tune_builder import Job, run_candidate
+from .builder import Job, run_candidate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Bench:
 
     def __init__(self, *, workers: int, build_timeout_s: float, run_timeout_s: float) -> None:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["hone.tune_builder", "hone.tune_model"])
+        self._context.set_forkserver_preload(["hone.tuning.builder", "hone.tuning.whole_model"])
         forkserver.ensure_running()  # it imports TVM while the caller does
         self._workers = workers
         self._build_timeout_s = build_timeout_s

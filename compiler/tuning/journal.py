@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ToolchainError, UsageError
+from hone.errors import ToolchainError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,15 +24,15 @@ from tvm.s_tir import meta_schedule as ms
 from hone.targets.schedule.machine import Machine
 
 from . import journal
+from .bench import Bench
+from .builder import Job, die_with_parent
+from .kernel import KernelSearch, cores
+from .order import Order
 from .reason import reason_of
 from .records import Verdict, contenders, seconds_of, trace_key
 from .replay import REFUSALS
-from .tune_bench import Bench
-from .tune_builder import Job, die_with_parent
-from .tune_kernel import KernelSearch, cores
-from .tune_model import Candidates
-from .tune_order import Order
-from .tune_whole import WholeModel
+from .whole_handle import WholeModel
+from .whole_model import Candidates
 
 WARM_MODEL = 24
 """Measured candidates from which on the cost model is believed (TVM: 100)."""

@@ -24,7 +24,7 @@ from hone.targets.schedule.machine import Machine
 from .reason import reason_of
 from .records import trace_key
 from .replay import REFUSALS, ReplayError, parse
-from .tune_variants import template_candidates
+from .variants import template_candidates
 
 POPULATION = 40
 FRESH = 20

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-from .tune_confirm import Confirmation
-from .tune_model import Candidates, serve
+from .confirm import Confirmation
+from .whole_model import Candidates, serve
 
 
 class WholeModel:
@@ -68,7 +68,7 @@ class WholeModel:
     def confirm(
         self, candidates: Mapping[str, Candidates], deadline: float, say: Callable[[str], None]
     ) -> Confirmation | None:
-        """Try candidates inside the model; see `hone.tune_confirm.confirm`.
+        """Try candidates inside the model; see `hone.tuning.confirm.confirm`.
 
         Parameters
         ----------

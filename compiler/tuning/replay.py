@@ -8,9 +8,9 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir import meta_schedule as ms
 
+from hone.errors import HoneError
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, tir_pipeline
 
-from .errors import HoneError
 from .reason import reason_of
 from .records import Match, workload_module
 

@@ -12,10 +12,11 @@ from tvm import relax
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.analysis import estimate_tir_flops
 
-from .database import Database
-from .errors import UsageError
+from hone.database import Database
+from hone.errors import UsageError
+
+from .order import estimate_s
 from .records import Verdict, kernels, seconds_of, workload_module
-from .tune_order import estimate_s
 
 
 @dataclass

@@ -54,7 +54,7 @@ class Child:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-c"),
-                    "from hone.tune_worker import main; main()",
+                    "from hone.tuning.worker import main; main()",
                     str(theirs.fileno()),
                     str(order),
                 ],

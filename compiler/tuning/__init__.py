@@ -1,0 +1,1 @@
+"""The search, its processes and its records: what stands behind hone.tune and hone.database."""
