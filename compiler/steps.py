@@ -194,8 +194,8 @@ def int8(
         model=model.with_module(result.module),
         precision="int8",
         skipped=_skipped(result),
-        note=f"{len(result.quantized)} kernels in int8, conversions from or to float: {len(result.conversions)}"
-        + note,
+        note=f"{len(result.quantized)} kernels in int8, "
+        f"conversions from or to float: {len(result.conversions)}{note}",
         errors=_errors(prepared, result, calibration, samples=error_samples, threads=threads),
     )
 
