@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from .package import Package
 from .peers import Peer
 from .progress import Progress, silent
 from .rounding import is_quantized
+
+# Folders that are looked through for the model of a package: a project, not a whole disk.
+MOST_FOLDERS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ def bench(
         have the same inputs.
     vs : sequence of str
         Peers. They run the ONNX model among the items, or the one that a package was made of,
-        which is looked for beside the package and in the current folder by its hash.
+        which is looked for beside the package and below the current folder by its hash.
     threads : int
         Threads of one run, for everybody; at most as many as there are processors.
     rounds : Rounds, optional
@@ -164,15 +168,22 @@ def _model_of(package: Package, *, near: Path) -> Model | None:
     """Return the model that a package was made of, if it lies here: its hash decides."""
     wanted = package.manifest.provenance.source_sha256
     shapes = {t.name: t.shape for t in package.signature.inputs}
-    for folder in dict.fromkeys((near.absolute().parent, Path.cwd())):
-        for path in sorted(folder.glob("*.onnx")):
-            try:
-                found = onnx_file.read(path).sha256 == wanted
-            except ModelError:
-                continue  # whatever it is, it is not the model that the package was made of
-            if found:
-                return importer.load(path, shapes)
+    for path in _onnx_files(near):
+        try:
+            found = onnx_file.read(path).sha256 == wanted
+        except ModelError:
+            continue  # whatever it is, it is not the model that the package was made of
+        if found:
+            return importer.load(path, shapes)
     return None
+
+
+def _onnx_files(near: Path) -> Iterator[Path]:
+    """Yield the ONNX files beside a package, then those in and below the current folder."""
+    yield from sorted(near.absolute().parent.glob("*.onnx"))
+    for folder, below, names in islice(os.walk(Path.cwd()), MOST_FOLDERS):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".onnx"))
 
 
 def _unique(name: str, taken: dict[str, runtime.Runner]) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 
+import hone
 from hone import bench, models
 from hone.measure import Rounds
 
@@ -21,3 +22,15 @@ def test_everybody_runs_on_the_threads_that_there_are(tmp_path):
     path.write_bytes(models.build("mlp").SerializeToString())
     result = bench.bench([path], threads=1000, rounds=Rounds(rounds=1, runs=1, warmup=0))
     assert result.threads == len(os.sched_getaffinity(0))
+
+
+def test_the_model_of_a_package_is_found_below_the_current_folder(tmp_path, monkeypatch):
+    proto = models.build("mlp")
+    folder = tmp_path / "nets" / "trained"
+    folder.mkdir(parents=True)
+    (folder / "mlp.onnx").write_bytes(proto.SerializeToString())
+    package = hone.compile(hone.load(folder / "mlp.onnx"), threads=1)
+    monkeypatch.chdir(tmp_path)
+    found = bench._model_of(package, near=tmp_path / "out" / "mlp.hone")
+    assert found is not None
+    assert found.origin.sha256 == package.manifest.provenance.source_sha256
