@@ -128,7 +128,7 @@ def test_equalized_activations_lose_less_when_channels_are_uneven(model: Model) 
 
 def test_step_says_how_many_pairs_it_equalized(model: Model) -> None:
     note = propose(model, equalize="weights").note
-    assert note == "3 kernels in int8, 1 conversions, 1 pairs of layers equalized"
+    assert note == "3 kernels in int8, conversions from or to float: 1, 1 pairs of layers equalized"
 
 
 def test_random_data_calibrate_only_when_asked_for_by_name(model: Model) -> None:
