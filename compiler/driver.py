@@ -16,8 +16,8 @@ from hone.passes.quantize.quantize_int8 import Quantization
 from hone.targets import features
 from hone.targets.target import Target, resolve
 
-from . import parity, pipeline, runtime, steps
-from .calibration_cache import CalibrationCache, user_folder
+from . import parity, pipeline, runtime
+from .calibration_cache import user_folder
 from .data import Dataset
 from .data import load as load_data
 from .database import Database
@@ -29,7 +29,9 @@ from .package import Package
 from .packaging.golden import Golden
 from .packaging.manifest import ProvenanceEntry, TargetEntry
 from .progress import Progress, silent
-from .recipe import Int8Step
+from .steps import int8 as int8_step
+from .steps.candidate import Context
+from .steps.options.int8 import Int8Step
 from .weights import weights_bytes
 
 if TYPE_CHECKING:
@@ -260,16 +262,16 @@ def compile(
     records = _database(resolved, threads=threads, folder=database, tune_seconds=tune_seconds)
     unchanged = model
     if precision == "int8" and not is_qdq(model.module):
-        candidate = steps.int8(
-            model,
-            int8 or Int8Step(kind="int8"),
-            _calibration(model, calibration, allow_random=allow_random_calibration),
+        context = Context(
+            target=resolved,
             threads=threads,
-            progress=progress,
+            calibration=_calibration(model, calibration, allow_random=allow_random_calibration),
             allow_random=allow_random_calibration,
-            cache=CalibrationCache(user_folder()),
+            cache=user_folder(),
+            progress=progress,
         )
-        model, precision = candidate.model, candidate.precision
+        candidate = int8_step.propose(model, int8 or Int8Step(kind="int8"), context)
+        model, precision = candidate.model, candidate.precision or "fp32"
         progress.log(f"int8: {candidate.note}")
         for layer, reason in candidate.skipped:
             progress.log(f"int8: {layer} stays in float: {reason}")

@@ -19,8 +19,7 @@ import numpy as np
 
 from hone.targets.target import Target, resolve
 
-from . import driver, importer, parity, steps
-from .calibration_cache import CalibrationCache
+from . import driver, importer, parity
 from .data import Dataset
 from .data import load as load_data
 from .database import Database
@@ -34,13 +33,16 @@ from .profile import Profile, profile_compiled
 from .profiling.kernel_timer import ROUNDS
 from .profiling.roofline import of_this_machine
 from .progress import Progress, silent
-from .recipe import Int8Step, PruneStep, Recipe, SplitStep, TuneStep
+from .recipe import Recipe
 from .reference import reference
 from .report import html
 from .report.schema import Latency, Report, Verdict
 from .report.schema import Peer as PeerRow
+from .steps import registry, tune
+from .steps.candidate import Candidate, Context, selected
+from .steps.options.section import StepSection
+from .steps.options.tune import TuneStep
 from .summary import Judged, Version, summarize
-from .tuning.records import Verdict as RecordVerdict
 
 if TYPE_CHECKING:
     from .tune import TuneResult
@@ -98,8 +100,7 @@ class _Build:
         _make_folder(recipe.output_directory)
         self.model = importer.load(recipe.model_path, recipe.model.shapes)
         for step in recipe.step:
-            if isinstance(step, Int8Step | SplitStep):
-                steps.selected(self.model, step)  # a wrong name must not cost the steps before it
+            selected(self.model, step)  # a wrong name must not cost the steps before it
         self.calibration = self._data(
             recipe.calibration, allow_random=recipe.data.allow_random_calibration
         )
@@ -121,6 +122,18 @@ class _Build:
         self.reference: Mapping[str, np.ndarray] | None = None
         self.baseline_accuracy: float | None = None
         self.notes: list[str] = []
+        self.context = Context(
+            target=self.target,
+            threads=self.threads,
+            teacher=self.model,
+            calibration=self.calibration,
+            allow_random=recipe.data.allow_random_calibration,
+            cache=recipe.output_directory / "calibration",
+            error_samples=ERROR_SAMPLES,
+            seed=recipe.seed,
+            search=self._search if self.measurable else None,
+            progress=progress,
+        )
 
     def _data(self, spec: str | None, *, allow_random: bool = False) -> Dataset | None:
         if spec is None:
@@ -193,6 +206,10 @@ class _Build:
         except OutOfTimeError as error:
             return error.message
 
+    def _search(self, model: Model, step: TuneStep) -> TuneResult | str:
+        """Tune for as long as a step of the recipe may."""
+        return self.tune(model, self.recipe.tune_seconds(step))
+
     # ---------------------------------------------------------------- steps
 
     def run(self) -> Report:
@@ -234,22 +251,22 @@ class _Build:
                 name=version.name,
                 version=version,
                 verdict=Verdict.BASELINE,
-                reason=f"for comparison; {found if isinstance(found, str) else _found(found)}",
+                reason=f"for comparison; {found if isinstance(found, str) else tune.found(found)}",
                 seconds=time.monotonic() - started,
                 settings={"seconds": seconds},
             )
         ]
 
-    def _step(
-        self, step: PruneStep | Int8Step | SplitStep | TuneStep, name: str, kept: Version
-    ) -> Judged:
+    def _step(self, step: StepSection, name: str, kept: Version) -> Judged:
         settings = step.model_dump(mode="json")
         candidate = self._propose(step, kept)
         if isinstance(candidate, str):
             verdict = Verdict.REVERTED if self.measurable else Verdict.NOT_MEASURED
             return Judged(name=name, verdict=verdict, reason=candidate, settings=settings)
         tuned = kept.tuned or isinstance(step, TuneStep)
-        version = self.version(name, candidate.model, precision=candidate.precision, tuned=tuned)
+        version = self.version(
+            name, candidate.model, precision=candidate.precision or kept.precision, tuned=tuned
+        )
         judged = self._judge(version, kept)
         reason = f"{judged.reason}; {candidate.note}" if candidate.note else judged.reason
         return replace(
@@ -260,46 +277,12 @@ class _Build:
             errors=candidate.errors,
         )
 
-    def _propose(
-        self, step: PruneStep | Int8Step | SplitStep | TuneStep, kept: Version
-    ) -> steps.Candidate | str:
+    def _propose(self, step: StepSection, kept: Version) -> Candidate | str:
         """Return what a step makes of the kept model, or why it makes nothing."""
-        if isinstance(step, TuneStep):
-            if not self.measurable:
-                return "no device"
-            found = self.tune(kept.model, self.recipe.tune_seconds(step))
-            if isinstance(found, str):
-                return found
-            return steps.Candidate(model=kept.model, precision=kept.precision, note=_found(found))
-        if kept.precision != "fp32":
-            return f"{step.kind} works on fp32, and the model is {kept.precision} already"
-        if isinstance(step, PruneStep):
-            with self.progress.task("prune and recover"):
-                candidate = steps.prune(
-                    kept.model,
-                    step,
-                    teacher=self.model,
-                    calibration=self.calibration,
-                    threads=self.threads,
-                    seed=self.recipe.seed,
-                    progress=self.progress,
-                )
-        elif isinstance(step, Int8Step):
-            if self.calibration is None:
-                raise UsageError("int8 needs calibration data", where="data.calibration")
-            with self.progress.task("calibrate and quantize"):
-                candidate = steps.int8(
-                    kept.model,
-                    step,
-                    self.calibration,
-                    threads=self.threads,
-                    progress=self.progress,
-                    allow_random=self.recipe.data.allow_random_calibration,
-                    cache=CalibrationCache(self.recipe.output_directory / "calibration"),
-                    error_samples=ERROR_SAMPLES,
-                )
-        else:
-            candidate = steps.split(kept.model, step)
+        with self.progress.task(step.title):
+            candidate = registry.propose(kept.model, kept.precision, step, self.context)
+        if isinstance(candidate, str) or isinstance(step, TuneStep):
+            return candidate
         if candidate.model.module.same_as(kept.model.module):
             return candidate.note or "nothing to change"
         return candidate
@@ -459,25 +442,6 @@ class _Build:
             return None
         quality, _ = evaluate(reference(self.model, threads=self.threads).run, self.evaluation)
         return quality.accuracy
-
-
-def _found(result: TuneResult) -> str:
-    """Say what a tuning session brought, new records or those that were there before."""
-    if result.records:
-        text = f"{result.records} new records"
-    else:
-        covered = sum(kernel.after_ms is not None for kernel in result.kernels)
-        text = (
-            f"no new record in {result.elapsed_s:.0f} s, "
-            f"the database covers {covered} of {len(result.kernels)} kernels"
-        )
-    confirmed = sum(kernel.verdict is RecordVerdict.CONFIRMED for kernel in result.kernels)
-    if confirmed:
-        of = len(result.kernels)
-        return f"{text}, used for {confirmed} of {of} kernels, which are faster inside the model"
-    if any(kernel.verdict is not None for kernel in result.kernels):
-        return f"{text}, none makes the model faster"
-    return text
 
 
 def _speed(speedup: Speedup) -> str:

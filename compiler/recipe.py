@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -25,16 +24,11 @@ from pydantic import (
 
 from hone.errors import UsageError
 from hone.recipe_problems import explain
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A table of the file: frozen, unknown keys are errors, nothing is converted silently."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from hone.steps.options.int8 import Int8Step
+from hone.steps.options.prune import PruneStep
+from hone.steps.options.section import Count, Fraction, Seconds, Section
+from hone.steps.options.split import SplitStep
+from hone.steps.options.tune import TuneStep
 
 
 class ModelSection(Section):
@@ -128,115 +122,6 @@ class MeasureSection(Section):
         return self
 
 
-class Recover(Section):
-    """``recover`` of a prune step: distillation from the unchanged model."""
-
-    epochs: Count = Field(default=100, description="passes over the calibration data, at most")
-    learning_rate: Annotated[float, Field(gt=0)] = 0.003
-    temperature: Annotated[float, Field(gt=0)] = Field(
-        default=2.0, description="softens both outputs in the KL loss"
-    )
-    batch: Count = 32
-    seconds: Seconds | None = Field(default=None, description="stops earlier")
-
-
-class PruneStep(Section):
-    """Remove whole channels."""
-
-    kind: Literal["prune"]
-    amount: Annotated[float, Field(gt=0, lt=1)] = Field(description="fraction of the channels")
-    norm: Literal["l1", "l2"] = "l1"
-    scope: Literal["local", "global"] = Field(
-        default="local", description="rank channels within each layer, or over the whole network"
-    )
-    round_to: Count = Field(default=1, description="channels kept are a multiple of this")
-    recover: Recover | None = None
-
-    @property
-    def title(self) -> str:
-        """The step's row in the report."""
-        return f"prune {100 * self.amount:g}% of channels" + (" + recover" if self.recover else "")
-
-
-class Int8Step(Section):
-    """Compute convolutions and matrix products in 8-bit integers."""
-
-    kind: Literal["int8"]
-    observer: Literal["minmax", "moving_average", "percentile", "entropy", "mse"] = Field(
-        default="minmax", description="chooses the range of an activation from calibration data"
-    )
-    percentile: Annotated[float, Field(gt=50, le=100)] | None = Field(
-        default=None,
-        description="of the values that the range holds, with the observer percentile; "
-        "99.99 when absent",
-    )
-    equalize: Literal["weights", "activations"] | None = Field(
-        default=None,
-        description="scale channels between layers first, so that the ranges of weights on both "
-        "sides are equal, or those of activations and the weights that read them",
-    )
-    bias_correction: bool = Field(
-        default=False, description="take the mean error of quantization out of each layer's bias"
-    )
-    skip: list[str] = Field(
-        default=[],
-        description="layers that stay in float: ids, name:GLOB, re:REGEX, op:TYPE, first, last, "
-        "each with ! before it to negate",
-    )
-
-    @model_validator(mode="after")
-    def _percentile_has_an_effect(self) -> Int8Step:
-        if self.percentile is not None and self.observer != "percentile":
-            raise ValueError(
-                f'percentile is for observer = "percentile", not for {self.observer!r}'
-            )
-        return self
-
-    @property
-    def title(self) -> str:
-        """The step's row in the report."""
-        text = "int8"
-        if self.observer != "minmax":
-            text += f" {self.observer.replace('_', ' ')}"
-        if self.percentile is not None:
-            text += f" {self.percentile:g}"
-        if self.equalize is not None:
-            text += f" + equalize {self.equalize}"
-        if self.bias_correction:
-            text += " + bias correction"
-        return text
-
-
-class SplitStep(Section):
-    """Split operators into parts whose working set is smaller."""
-
-    kind: Literal["split"]
-    layers: Annotated[list[str], Field(min_length=1)] = Field(
-        description="convolutions and matrix products: ids, name:GLOB, re:REGEX, op:TYPE, first, "
-        "last, each with ! before it to negate"
-    )
-    parts: Annotated[int, Field(ge=2)]
-    axis: Literal["channels", "batch"] = "channels"
-
-    @property
-    def title(self) -> str:
-        """The step's row in the report."""
-        layers = ", ".join(self.layers) if len(self.layers) < 3 else f"{len(self.layers)} layers"
-        return f"split {layers} into {self.parts} by {self.axis}"
-
-
-class TuneStep(Section):
-    """Search for better schedules of what was kept so far."""
-
-    kind: Literal["tune"]
-    seconds: Seconds | None = Field(default=None, description="[tune] seconds when absent")
-
-    @property
-    def title(self) -> str:
-        """The step's row in the report."""
-        return "tuned" if self.seconds is None else f"tuned ({self.seconds:g} s)"
-
-
 Step = Annotated[PruneStep | Int8Step | SplitStep | TuneStep, Field(discriminator="kind")]
 
 
@@ -258,7 +143,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _has_calibration(self) -> Recipe:
-        needy = [s.kind for s in self.step if s.kind == "int8" or (s.kind == "prune" and s.recover)]
+        needy = [step.kind for step in self.step if step.needs_calibration]
         if needy and self.data.calibration is None:
             raise ValueError(f"data.calibration is required by the {needy[0]} step")
         return self

@@ -93,7 +93,7 @@ def compile(
     from hone import driver
     from hone.importer import load
     from hone.progress import console
-    from hone.recipe import Int8Step
+    from hone.steps.options.int8 import Int8Step
 
     options.writable(to, model)
     chosen = {

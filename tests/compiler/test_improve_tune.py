@@ -8,7 +8,9 @@ import pytest
 
 from hone import driver, improve
 from hone.errors import OutOfTimeError
-from hone.steps import Candidate
+from hone.progress import silent
+from hone.steps.candidate import Candidate, Context
+from hone.steps.options.tune import TuneStep
 from hone.tune import TunedKernel, TuneResult
 from hone.tuning.records import Verdict
 
@@ -48,12 +50,13 @@ def propose(monkeypatch: pytest.MonkeyPatch, outcome: TuneResult | OutOfTimeErro
 
     monkeypatch.setattr(driver, "search", search)
     build = improve._Build.__new__(improve._Build)
-    build.measurable = True
     build.compact = False
     build.recipe = SimpleNamespace(tune_seconds=lambda _step: 10.0)
-    build.target = build.threads = build.database = build.progress = None
+    build.target = build.threads = build.database = None
+    build.progress = silent()
+    build.context = Context(target=None, threads=1, search=build._search)
     kept = SimpleNamespace(model="the model", precision="int8")
-    return build._propose(improve.TuneStep(kind="tune"), kept)
+    return build._propose(TuneStep(kind="tune"), kept)
 
 
 def test_a_model_is_tried_with_old_records_when_the_search_finds_no_new_one(
@@ -62,7 +65,7 @@ def test_a_model_is_tried_with_old_records_when_the_search_finds_no_new_one(
     found = session(kernel("a", after_ms=1.0), kernel("b", after_ms=None), records=0)
     candidate = propose(monkeypatch, found)
     assert isinstance(candidate, Candidate)
-    assert (candidate.model, candidate.precision) == ("the model", "int8")
+    assert (candidate.model, candidate.precision) == ("the model", None)
     assert candidate.note == "no new record in 10 s, the database covers 1 of 2 kernels"
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hone import steps
 from hone.calibrate import calibrate
 from hone.data import Dataset, load
 from hone.errors import UsageError
@@ -14,9 +13,11 @@ from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.quantize.qparams import dequantize
 from hone.passes.quantize.quantize_int8 import quantize_int8
-from hone.progress import silent
 from hone.quantization_error import layer_errors, sqnr_db
-from hone.recipe import Int8Step
+from hone.steps import int8
+from hone.steps.candidate import Candidate, Context
+from hone.steps.options.int8 import Int8Step
+from hone.targets.target import resolve
 from hone.tensor_reader import TensorReader
 
 RNG = np.random.default_rng(3)
@@ -97,11 +98,22 @@ def test_layer_errors_equal_numpy(model: Model) -> None:
         assert error.sqnr_db == pytest.approx(10 * np.log10(np.sum(x**2) / noise), abs=0.01)
 
 
-def propose(model: Model, data: Dataset | None = None, **options: object) -> steps.Candidate:
-    step = Int8Step.model_validate({"kind": "int8", **options})
-    return steps.int8(
-        model, step, data or dataset(6), threads=1, progress=silent(), error_samples=6
+def propose(
+    model: Model,
+    data: Dataset | None = None,
+    *,
+    allow_random: bool = False,
+    error_samples: int = 6,
+    **options: object,
+) -> Candidate:
+    context = Context(
+        target=resolve("host"),
+        threads=1,
+        calibration=data or dataset(6),
+        allow_random=allow_random,
+        error_samples=error_samples,
     )
+    return int8.propose(model, Int8Step.model_validate({"kind": "int8", **options}), context)
 
 
 OPTIONS = [
@@ -135,9 +147,8 @@ def test_random_data_calibrate_only_when_asked_for_by_name(model: Model) -> None
     data = load("random:2", model.signature, allow_random=True)
     with pytest.raises(UsageError, match="random data say nothing about the model's real value"):
         propose(model, data)
-    step = Int8Step(kind="int8", equalize="weights", bias_correction=True)
-    candidate = steps.int8(
-        model, step, data, threads=1, progress=silent(), allow_random=True, error_samples=0
+    candidate = propose(
+        model, data, allow_random=True, error_samples=0, equalize="weights", bias_correction=True
     )
     assert candidate.precision == "int8"
     assert candidate.errors == ()

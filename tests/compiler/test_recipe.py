@@ -7,6 +7,10 @@ import pytest
 
 from hone import recipe
 from hone.errors import UsageError
+from hone.steps.options.int8 import Int8Step
+from hone.steps.options.prune import PruneStep
+from hone.steps.options.recover import Recover
+from hone.steps.options.split import SplitStep
 
 SMALLEST = '[model]\npath = "net.onnx"\n'
 
@@ -91,12 +95,12 @@ def test_load_fills_defaults_when_only_the_model_is_given(write):
 def test_load_reads_every_section(write):
     loaded = recipe.load(write(FULL))
     prune, int8, split, *_ = loaded.step
-    assert isinstance(prune, recipe.PruneStep)
-    assert prune.recover == recipe.Recover(
+    assert isinstance(prune, PruneStep)
+    assert prune.recover == Recover(
         epochs=3, learning_rate=0.1, temperature=4.0, batch=16, seconds=20
     )
-    assert isinstance(int8, recipe.Int8Step)
-    assert int8 == recipe.Int8Step(
+    assert isinstance(int8, Int8Step)
+    assert int8 == Int8Step(
         kind="int8",
         observer="percentile",
         percentile=99.9,
@@ -105,7 +109,7 @@ def test_load_reads_every_section(write):
         skip=["head", "!op:Gemm"],
     )
     assert loaded.data.allow_random_calibration
-    assert isinstance(split, recipe.SplitStep)
+    assert isinstance(split, SplitStep)
     assert (split.parts, split.axis) == (2, "channels")
 
 

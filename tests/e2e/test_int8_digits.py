@@ -10,9 +10,8 @@ import pytest
 import tvm
 from tvm import relax
 
-from hone import pipeline, steps
+from hone import pipeline
 from hone.calibrate import calibrate
-from hone.calibration_cache import CalibrationCache
 from hone.data import Dataset
 from hone.data import load as load_data
 from hone.errors import UsageError
@@ -22,8 +21,9 @@ from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.graph.dataflow import Dataflow
 from hone.passes.graph.fold_batch_norm import FoldBatchNorm
 from hone.passes.quantize.quantize_int8 import Quantization, quantize_int8
-from hone.progress import silent
-from hone.recipe import Int8Step
+from hone.steps import int8
+from hone.steps.candidate import Context
+from hone.steps.options.int8 import Int8Step
 from hone.targets.target import resolve
 from hone.weights import weights_bytes
 
@@ -81,15 +81,11 @@ def test_top1_drops_by_at_most_0_3_points_with_every_helper(
     *_, data = network
     model = load(FOLDER / "digits.onnx")
     calibration = load_data(str(FOLDER / "calibration.npz"), model.signature, limit=128)
-    candidate = steps.int8(
-        model,
-        Int8Step.model_validate({"kind": "int8", **options}),
-        calibration,
-        threads=1,
-        progress=silent(),
-        cache=CalibrationCache(tmp_path),
-        error_samples=4,
+    context = Context(
+        target=TARGET, threads=1, calibration=calibration, cache=tmp_path, error_samples=4
     )
+    step = Int8Step.model_validate({"kind": "int8", **options})
+    candidate = int8.propose(model, step, context)
     assert float_accuracy - accuracy(candidate.model.module, data) <= 0.003
     # Eight bits with ranges from data: 25 dB or better at every layer of this network.
     assert [layer for layer, _ in candidate.errors] == CONVOLUTIONS
@@ -100,7 +96,8 @@ def test_selected_layers_stay_float_and_the_others_do_not(network) -> None:
     model = load(FOLDER / "digits.onnx")
     calibration = load_data(str(FOLDER / "calibration.npz"), model.signature, limit=4)
     step = Int8Step(kind="int8", skip=["first", "op:Gemm"])
-    candidate = steps.int8(model, step, calibration, threads=1, progress=silent(), error_samples=2)
+    context = Context(target=TARGET, threads=1, calibration=calibration, error_samples=2)
+    candidate = int8.propose(model, step, context)
     assert [layer for layer, _ in candidate.errors] == CONVOLUTIONS[1:3]
     assert dict(candidate.skipped) == dict.fromkeys(
         [CONVOLUTIONS[0], CONVOLUTIONS[3]], "kept in float by request"
@@ -112,7 +109,7 @@ def test_error_when_all_selected_layers_are_folded_away() -> None:
     calibration = load_data(str(FOLDER / "calibration.npz"), model.signature, limit=1)
     step = Int8Step(kind="int8", skip=["op:BatchNormalization"])
     with pytest.raises(UsageError) as error:
-        steps.int8(model, step, calibration, threads=1, progress=silent())
+        int8.propose(model, step, Context(target=TARGET, threads=1, calibration=calibration))
     assert str(error.value).startswith(
         "skip: these layers become part of others before quantization: "
     )

@@ -11,7 +11,7 @@ from hone.cli.compile import compile as compile_
 from hone.errors import OutOfTimeError
 from hone.passes.quantize.calibrator import Method
 from hone.passes.quantize.equalize import By
-from hone.recipe import Int8Step
+from hone.steps.options.int8 import Int8Step
 
 
 @pytest.fixture

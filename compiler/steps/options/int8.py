@@ -1,0 +1,65 @@
+"""What a recipe may say of 8-bit integers."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from .section import StepSection
+
+
+class Int8Step(StepSection):
+    """Compute convolutions and matrix products in 8-bit integers."""
+
+    selector_key: ClassVar[str | None] = "skip"
+
+    kind: Literal["int8"]
+    observer: Literal["minmax", "moving_average", "percentile", "entropy", "mse"] = Field(
+        default="minmax", description="chooses the range of an activation from calibration data"
+    )
+    percentile: Annotated[float, Field(gt=50, le=100)] | None = Field(
+        default=None,
+        description="of the values that the range holds, with the observer percentile; "
+        "99.99 when absent",
+    )
+    equalize: Literal["weights", "activations"] | None = Field(
+        default=None,
+        description="scale channels between layers first, so that the ranges of weights on both "
+        "sides are equal, or those of activations and the weights that read them",
+    )
+    bias_correction: bool = Field(
+        default=False, description="take the mean error of quantization out of each layer's bias"
+    )
+    skip: list[str] = Field(
+        default=[],
+        description="layers that stay in float: ids, name:GLOB, re:REGEX, op:TYPE, first, last, "
+        "each with ! before it to negate",
+    )
+
+    @model_validator(mode="after")
+    def _percentile_has_an_effect(self) -> Int8Step:
+        if self.percentile is not None and self.observer != "percentile":
+            raise ValueError(
+                f'percentile is for observer = "percentile", not for {self.observer!r}'
+            )
+        return self
+
+    @property
+    def title(self) -> str:
+        """The step's row in the report."""
+        text = "int8"
+        if self.observer != "minmax":
+            text += f" {self.observer.replace('_', ' ')}"
+        if self.percentile is not None:
+            text += f" {self.percentile:g}"
+        if self.equalize is not None:
+            text += f" + equalize {self.equalize}"
+        if self.bias_correction:
+            text += " + bias correction"
+        return text
+
+    @property
+    def needs_calibration(self) -> bool:
+        """The ranges of activations come from calibration data."""
+        return True
