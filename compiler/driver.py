@@ -257,11 +257,19 @@ def compile(
         )
     if precision != "int8" and (int8 is not None or allow_random_calibration):
         raise UsageError("options of int8 need precision int8", hint="precision='int8'")
+    quantized = is_qdq(model.module)
+    if quantized and (calibration is not None or int8 is not None):
+        raise UsageError(
+            "the model is quantized already and keeps its own levels, so that nothing is left to "
+            "calibrate or to choose",
+            where=model.origin.path,
+            hint="leave the calibration data and the options of int8 away, or give the fp32 model",
+        )
     if locked and database is None:
         raise UsageError("locked needs a database of tuning records", hint="--database DIR")
     records = _database(resolved, threads=threads, folder=database, tune_seconds=tune_seconds)
     unchanged = model
-    if precision == "int8" and not is_qdq(model.module):
+    if precision == "int8" and not quantized:
         context = Context(
             target=resolved,
             threads=threads,
@@ -295,7 +303,9 @@ def compile(
         else:
             fp32 = assemble(unchanged, target=resolve("host"), threads=threads).package
             run = runtime.load(fp32).run
-        progress.log(str(parity.check(unchanged, run, threads=threads)))
+        checked = str(parity.check(unchanged, run, threads=threads))
+        twin = "" if runs_here(resolved) else ", by its twin for this machine"
+        progress.log(checked + twin)
     return assembled.package.with_evidence(
         golden=golden_samples(model, runner),
         recipe={"precision": assembled.package.manifest.precision, "tuned": records is not None},

@@ -129,7 +129,7 @@ def compile(
         database=database,
         locked=locked,
         calibration=calibration,
-        int8=int8 if precision == "int8" else None,
+        int8=int8 if any((observer, percentile, equalize, bias_correction, skip)) else None,
         allow_random_calibration=allow_random_calibration,
         progress=console(),
     )

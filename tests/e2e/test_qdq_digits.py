@@ -16,7 +16,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 import hone
 from hone import driver, importer, models, parity, rounding, runtime
 from hone.data import load as load_data
-from hone.errors import AccuracyError
+from hone.errors import AccuracyError, UsageError
 from hone.importing.qdq import rewrite
 from hone.model import Model
 from hone.passes.quantize.match_qdq import match_qdq
@@ -103,6 +103,12 @@ def test_package_is_int8_with_the_golden_tolerance_of_int8(digits):
     assert set(package.manifest.golden.tolerance.values()) == {driver.GOLDEN_TOLERANCE["int8"]}
     # It is quantized already: no calibration data is asked for.
     assert hone.compile(digits, threads=1, precision="int8").manifest.precision == "int8"
+    with pytest.raises(UsageError) as error:
+        hone.compile(digits, threads=1, precision="int8", calibration="random:4")
+    assert str(error.value).splitlines()[0].endswith(
+        "the model is quantized already and keeps its own levels, so that nothing is left to "
+        "calibrate or to choose"
+    )
 
 
 def scales(model: Model) -> list[int]:

@@ -215,7 +215,7 @@ class TestCompile:
             "database": "records",
             "locked": "True",
             "calibration": "c.npz",
-            "int8": str(Int8Step(kind="int8")),
+            "int8": "None",
             "allow_random_calibration": "False",
         }
         assert shown.data["package_bytes"] == out.stat().st_size
