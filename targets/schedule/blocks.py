@@ -19,6 +19,9 @@ MIN_PARALLEL_CYCLES = 1 << 14
 # Vector operations that issue in each cycle on the cores in the tables.
 OPERATIONS_PER_CYCLE = 2
 
+# Annotation of a loop that streams through weights: how many elements ahead they are requested.
+PREFETCH = "hone.prefetch"
+
 REDUCE = 2  # tirx.IterVar.CommReduce
 SPATIAL = 0  # tirx.IterVar.DataPar
 
@@ -95,6 +98,12 @@ def start_sums(schedule: s_tir.Schedule, anchor: SBlockRV, at: LoopRV, *, outer_
     schedule.vectorize(loops[-1])
     for loop in loops[outer_loops:-1]:
         schedule.unroll(loop)
+
+
+def prefetch_ahead(schedule: s_tir.Schedule, loop: LoopRV, distance: int) -> None:
+    """Mark a loop whose vectors are to be requested so many elements ahead; 0 marks nothing."""
+    if distance:
+        schedule.annotate(loop, PREFETCH, distance)
 
 
 def parallelize(schedule: s_tir.Schedule, loop: LoopRV, *, work: int, least: int) -> None:

@@ -22,11 +22,12 @@ from .blocks import (
     finish_output,
     output_block,
     parallelize,
+    prefetch_ahead,
     read_shape,
     start_sums,
     vector_length,
 )
-from .machine import Machine, choose_pixels, choose_tasks
+from .machine import Machine, choose_pixels, choose_tasks, prefetch_distance
 
 # Below this many input channels the channel loop is unrolled too: the loop would cost more
 # than its body (the first convolution of an image network).
@@ -106,6 +107,11 @@ def schedule_conv2d(
         schedule.unroll(loop)
     if depth <= UNROLLED_DEPTH:
         schedule.unroll(c)
+    prefetch_ahead(
+        schedule,
+        c,
+        prefetch_distance(machine, rows=batch * height * width, weight_bytes=weight_bytes),
+    )
     start_sums(schedule, anchor, r, outer_loops=4)
     finish_output(schedule, output, outer_loops=4, lanes=machine.lanes)
 
@@ -150,6 +156,11 @@ def schedule_dense(
     schedule.vectorize(k_lane)
     for loop in (m_inner, k_vector):
         schedule.unroll(loop)
+    prefetch_ahead(
+        schedule,
+        c,
+        prefetch_distance(machine, rows=math.prod(batch) * rows, weight_bytes=weight_bytes),
+    )
     start_sums(schedule, anchor, c, outer_loops=3)
     finish_output(schedule, output, outer_loops=3, lanes=machine.lanes)
 

@@ -241,9 +241,43 @@ def _first_tasks(
 # as a multiple of the points of the tile: counted on the generated code of F(4x4).
 TRANSFORM_STEPS = 5
 # Bytes per cycle that all cores together stream from behind their own caches: weights that a
-# network uses once per run come from there. With 12 the model ranks the layers of ResNet-18 as
-# they measure inside the network (docs/performance.md).
-WEIGHT_BYTES_PER_CYCLE = 12
+# network uses once per run come from there. With 20 the model ranks the layers of ResNet-18 as
+# they measure inside the network, weights requested ahead (docs/performance.md).
+WEIGHT_BYTES_PER_CYCLE = 20
+# How far ahead of its use a weight is requested, in bytes: some 256 steps of a register tile of two
+# vectors, and less than the first level holds (2 KiB gained half as much, 64 KiB the same).
+PREFETCH_BYTES = 32 * 1024
+# Where streaming takes less of the time of the products than this, requests cost more than the
+# wait (56x56 layers).
+PREFETCH_SHARE = 0.02
+
+
+def prefetch_distance(machine: Machine, *, rows: int, weight_bytes: int) -> int:
+    """Choose how many elements ahead the weights of a product are requested.
+
+    Parameters
+    ----------
+    machine : Machine
+        Lanes, threads and caches.
+    rows : int
+        Pixels, or rows of the left matrix, that each weight is multiplied with.
+    weight_bytes : int
+        Of all weights of the product.
+
+    Returns
+    -------
+    int
+        Elements; 0 where the weights are few, or where streaming them takes a small share of the
+        time that the products take. A byte streams in 1/20 cycle; its products with 49 pixels
+        take ``49 / 4 / 64 = 0.19`` on two cores of 16 lanes.
+    """
+    if weight_bytes <= machine.l2_bytes // 2:
+        return 0
+    stream = 1 / WEIGHT_BYTES_PER_CYCLE
+    products = rows / 4 / (machine.lanes * FMA_PER_CYCLE * machine.threads)
+    return PREFETCH_BYTES // 4 if stream > PREFETCH_SHARE * products else 0
+
+
 # How much faster the larger tile must be: its weights are 2.25 times as large.
 LARGE_TILE_GAIN = 1.1
 

@@ -22,11 +22,12 @@ from .blocks import (
     name_of,
     output_block,
     parallelize,
+    prefetch_ahead,
     read_shape,
     start_sums,
     vector_length,
 )
-from .machine import Machine, choose_pixels, divisors
+from .machine import Machine, choose_pixels, divisors, prefetch_distance
 
 
 def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
@@ -172,6 +173,8 @@ def _schedule_products(schedule: s_tir.Schedule, machine: Machine) -> None:
     work = side * side * tiles * channels * depth
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     outer_loops = len(schedule.get_loops(sums)) - 4
+    distance = prefetch_distance(machine, rows=tiles, weight_bytes=math.prod(weight) * 4)
+    prefetch_ahead(schedule, c, distance)
     schedule.vectorize(k_lane)
     for loop in (p_inner, k_vector):
         schedule.unroll(loop)
