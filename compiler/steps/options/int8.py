@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from .section import StepSection
 
 
-class Int8Step(StepSection):
-    """Compute convolutions and matrix products in 8-bit integers."""
+class Int8Options(StepSection):
+    """How a step that writes layers in 8-bit integers calibrates, and which ones it leaves."""
 
     selector_key: ClassVar[str | None] = "skip"
 
-    kind: Literal["int8"]
     observer: Literal["minmax", "moving_average", "percentile", "entropy", "mse"] = Field(
         default="minmax", description="chooses the range of an activation from calibration data"
     )
@@ -38,7 +37,7 @@ class Int8Step(StepSection):
     )
 
     @model_validator(mode="after")
-    def _percentile_has_an_effect(self) -> Int8Step:
+    def _percentile_has_an_effect(self) -> Self:
         if self.percentile is not None and self.observer != "percentile":
             raise ValueError(
                 f'percentile is for observer = "percentile", not for {self.observer!r}'
@@ -48,7 +47,7 @@ class Int8Step(StepSection):
     @property
     def title(self) -> str:
         """The step's row in the report."""
-        text = "int8"
+        text = self.kind
         if self.observer != "minmax":
             text += f" {self.observer.replace('_', ' ')}"
         if self.percentile is not None:
@@ -63,3 +62,9 @@ class Int8Step(StepSection):
     def needs_calibration(self) -> bool:
         """The ranges of activations come from calibration data."""
         return True
+
+
+class Int8Step(Int8Options):
+    """Compute convolutions and matrix products in 8-bit integers."""
+
+    kind: Literal["int8"]
