@@ -9,19 +9,19 @@ Numerics: each quantized tensor is off by at most half a step of its scale, as d
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import tvm
 from tvm import relax
 
-from hone.errors import ModelError, UsageError
-from hone.passes.graph.dataflow import Dataflow, layer_of
+from hone.errors import ModelError
+from hone.passes.graph.dataflow import Dataflow
 
 from .bias_correction import InputMeans, correct_bias
 from .integer_layer import IntegerLayer, quantize_layer
 from .integer_writer import IntegerWriter
+from .keep_float import check_layers
 from .observer import Range
 from .qparams import UINT8, QParams, choose_qparams
 from .site import WEIGHTED, Kind, Skipped, Survey
@@ -99,7 +99,7 @@ def observed_tensors(module: tvm.IRModule, *, keep_float: Collection[str] = ()) 
     UsageError
         A name of ``keep_float`` is no layer.
     """
-    _check_layers(module["main"], keep_float)
+    check_layers(module["main"], keep_float)
     names = [str(var.name) for var in survey(module["main"], keep_float=keep_float).wanted]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
@@ -225,16 +225,6 @@ class QuantizeInt8:
     ) -> tvm.IRModule:
         """Return the module in integers."""
         return quantize_int8(module, self._ranges, keep_float=self._keep_float).module
-
-
-def _check_layers(function: relax.Function, names: Collection[str]) -> None:
-    known = {layer_of(binding.var) for binding in Dataflow(function).bindings}
-    problems = []
-    for name in sorted(set(names) - known):
-        near = difflib.get_close_matches(name, known, n=1)
-        problems.append(f"{name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-    if problems:
-        raise UsageError("no such layer to keep in float: " + "; ".join(problems))
 
 
 def _choose_levels(
