@@ -60,6 +60,25 @@ class QuantizedLayer:
     qparams: QParams | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedRead:
+    """A tensor that an integer operator will read as levels.
+
+    Parameters
+    ----------
+    reader : str
+        Name of the binding that reads it in the float module.
+    tensor : str
+        Name of the tensor.
+    qparams : QParams
+        What its levels mean.
+    """
+
+    reader: str
+    tensor: str
+    qparams: QParams
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
     """A module in integers, and what was and was not quantized.
@@ -124,6 +143,28 @@ def weighted_inputs(
         for site in found.sites
         if site.kind in WEIGHTED
     }
+
+
+def quantized_reads(
+    module: tvm.IRModule, ranges: Mapping[str, Range], *, keep_float: Collection[str] = ()
+) -> tuple[QuantizedRead, ...]:
+    """Return which float operator will read which tensor as levels.
+
+    Parameters
+    ----------
+    module, ranges, keep_float
+        As for `quantize_int8`.
+    """
+    graph = Dataflow(module["main"])
+    found = survey(module["main"], keep_float=keep_float)
+    levels = _choose_levels(module["main"], found, ranges)
+    return tuple(
+        QuantizedRead(reader=str(var.name), tensor=str(x.name), qparams=levels[x])
+        for site in found.sites
+        for x in site.inputs
+        for var in site.chain
+        if any(x.same_as(argument) for argument in graph.definition[var].args)
+    )
 
 
 def quantize_int8(
