@@ -13,6 +13,10 @@ from collections.abc import Hashable, Iterator, Mapping
 import tvm
 from tvm import relax
 
+from hone.passes.apply import apply
+
+from .separate_broadcasts import RemoveSeparations, SeparateBroadcasts
+
 ATTRIBUTE = "hone.kernel_layers"
 
 
@@ -91,7 +95,7 @@ class FuseOperators:
         module = tvm.transform.Sequential(
             [transform.AnnotateTIROpPattern(), transform.FoldConstant()]
         )(module)
-        fused = transform.FuseOps()(module)
+        fused = apply(module, SeparateBroadcasts(), transform.FuseOps(), RemoveSeparations())
         return fused.with_attr(ATTRIBUTE, _table(module, fused))
 
 
