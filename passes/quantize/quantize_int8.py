@@ -10,8 +10,9 @@ Numerics: each quantized tensor is off by at most half a step of its scale, as d
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import tvm
 from tvm import relax
 
@@ -24,7 +25,7 @@ from .integer_writer import IntegerWriter
 from .keep_float import check_layers
 from .observer import Range
 from .qparams import UINT8, QParams, choose_qparams
-from .site import WEIGHTED, Kind, Skipped, Survey
+from .site import WEIGHTED, Kind, Site, Skipped, Survey
 from .survey import survey
 
 
@@ -136,13 +137,23 @@ def weighted_inputs(
     module, ranges, keep_float
         As for `quantize_int8`.
     """
+    sites = weighted_sites(module, ranges, keep_float=keep_float)
+    return {str(site.inputs[0].name): data for site, data in sites}
+
+
+def weighted_sites(
+    module: tvm.IRModule, ranges: Mapping[str, Range], *, keep_float: Collection[str] = ()
+) -> tuple[tuple[Site, QParams], ...]:
+    """Return every convolution and matrix product with the levels of its input.
+
+    Parameters
+    ----------
+    module, ranges, keep_float
+        As for `quantize_int8`.
+    """
     found = survey(module["main"], keep_float=keep_float)
     levels = _choose_levels(module["main"], found, ranges)
-    return {
-        str(site.inputs[0].name): levels[site.inputs[0]]
-        for site in found.sites
-        if site.kind in WEIGHTED
-    }
+    return tuple((site, levels[site.inputs[0]]) for site in found.sites if site.kind in WEIGHTED)
 
 
 def quantized_reads(
@@ -173,6 +184,7 @@ def quantize_int8(
     *,
     keep_float: Collection[str] = (),
     means: Mapping[str, InputMeans] | None = None,
+    rounded: Mapping[str, np.ndarray] | None = None,
 ) -> Quantization:
     """Quantize a module and report what was done.
 
@@ -186,6 +198,9 @@ def quantize_int8(
         Binding names of layers that must stay in float.
     means : mapping of str to InputMeans, optional
         For every name of `weighted_inputs`: corrects biases, see `bias_correction`.
+    rounded : mapping of str to ndarray, optional
+        Layer of a `Site` → int8 levels of its weights, see `adaptive_rounding`; the other layers'
+        weights are rounded to nearest.
 
     Raises
     ------
@@ -210,6 +225,8 @@ def quantize_int8(
         reasons: dict[str, str] = {}
         for site in found.sites:
             inputs = tuple(qparams[x] for x in site.inputs)
+            if rounded is not None and site.kind in WEIGHTED:
+                site = replace(site, rounded=rounded.get(site.layer))
             if means is not None and site.kind in WEIGHTED:
                 site = correct_bias(site, inputs[0], means[str(site.inputs[0].name)])
             layer = quantize_layer(site, inputs, qparams[site.output] if site.levels else None)

@@ -63,7 +63,7 @@ def test_the_output_error_falls_by_half_when_inputs_are_correlated(type_, rng) -
     # The reported errors are those of the data, to the precision of float32 sums.
     assert result.error == pytest.approx(found, rel=1e-3)
     assert result.nearest_error == pytest.approx(plain, rel=1e-3)
-    assert np.abs(result.levels - weight / scale).max() < 1.0
+    assert np.abs(result.levels - weight / scale).max() < 1.0001
     assert result.steps == 300
 
 
