@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hone.targets.half_dot import HalfDot, half_dot_of
 from hone.targets.integer_dot import IntegerDot, integer_dot_of
@@ -88,8 +88,14 @@ class Machine:
         """
         if self.asked is not None:
             self.asked[point] = tuple(options)
-        name = dict(self.decided).get(point)
+        name = dict(self.decided).get(point, "")
         return options[name if name in options else next(iter(options))]
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the machine is, without decisions, as JSON-able arguments of its class."""
+        facts = asdict(self.plain)
+        del facts["decided"], facts["asked"]
+        return facts
 
     @property
     def plain(self) -> Machine:
