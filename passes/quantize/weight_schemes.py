@@ -22,7 +22,7 @@ from hone.errors import ModelError, UsageError
 
 from .qparams import PerAxis, QuantizedType, choose_qparams
 
-INTEGER_BITS = (2, 4, 8)
+STORED_BITS = (2, 4, 8)
 # Exponents of the normal float32 numbers.
 LEAST_EXPONENT, LARGEST_EXPONENT = -126, 127
 # Of the mean magnitude: Li, Zhang and Liu, "Ternary Weight Networks", 2016, equation 6.
@@ -58,8 +58,9 @@ class WeightOptions:
     ----------
     scheme : Scheme
         What levels there are.
-    bits : {8, 4, 2}
-        Of an integer level. Ternary levels take 2, binary ones 1.
+    bits : int
+        Of an integer level, 2 to 8; they are stored in 2, 4 or 8. Other numbers of bits are for
+        training that lowers them step by step. Ternary levels take 2, binary ones 1.
     granularity : Granularity
         What shares a scale.
     group_size : int
@@ -83,8 +84,8 @@ class WeightOptions:
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in INTEGER_BITS:
-            raise UsageError(f"weights have 8, 4 or 2 bits, not {self.bits}")
+        if not STORED_BITS[0] <= self.bits <= STORED_BITS[-1]:
+            raise UsageError(f"weights have 2 to 8 bits, not {self.bits}")
         if self.group_size < 1:
             raise UsageError(f"a group holds at least 1 weight, not {self.group_size}")
         if self.scheme is not Scheme.INTEGER and not self.symmetric:
@@ -93,7 +94,8 @@ class WeightOptions:
     @property
     def stored_bits(self) -> int:
         """Bits of one stored level."""
-        return {Scheme.TERNARY: 2, Scheme.BINARY: 1}.get(self.scheme, self.bits)
+        whole = next(stored for stored in STORED_BITS if stored >= self.bits)
+        return {Scheme.TERNARY: 2, Scheme.BINARY: 1}.get(self.scheme, whole)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -143,7 +143,7 @@ def test_weights_that_are_not_finite_are_refused(value, scheme) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "weights have 8, 4 or 2 bits, not 3"),
+        ({"bits": 9}, "weights have 2 to 8 bits, not 9"),
         ({"group_size": 0}, "a group holds at least 1 weight, not 0"),
         (
             {"scheme": Scheme.TERNARY, "symmetric": False},
