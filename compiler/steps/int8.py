@@ -139,6 +139,7 @@ def propose(model: Model, step: Int8Step, context: Context) -> Candidate:
         note=f"{len(result.quantized)} kernels in int8, "
         f"conversions from or to float: {len(result.conversions)}{found.note}",
         errors=errors(found.model, result, data, context),
+        merged=result.merged,
     )
 
 

@@ -101,6 +101,11 @@ class Quantization:
     skipped: tuple[Skipped, ...]
     conversions: tuple[str, ...]
 
+    @property
+    def merged(self) -> dict[str, str]:
+        """Binding name of each layer that is computed → that of the operator which does."""
+        return {layer: each.layer for each in self.quantized for layer in each.layers}
+
 
 def observed_tensors(module: tvm.IRModule, *, keep_float: Collection[str] = ()) -> tuple[str, ...]:
     """Return the names of the tensors whose ranges `quantize_int8` needs, in graph order.
