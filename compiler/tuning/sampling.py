@@ -18,7 +18,13 @@ WARM_UP_S = 0.005
 """Runs before the timing: the first ones pay for page faults and for the threads' start."""
 
 SAMPLE_S = 0.004
-"""One sample is at least this long: 10 000 times the clock's resolution."""
+CHUNK_S = 5e-5
+"""One sample takes so long, in chunks of runs of about this length: 1000 times the clock's
+resolution, and short beside what another process takes a core away for."""
+
+QUIET = 0.1
+"""Quantile of a sample's chunks that counts. On a busy machine a kernel on one thread beats one
+whose threads wait for a processor; the chunks that nobody disturbed show what is so otherwise."""
 
 PATIENCE_S = 0.5
 """A kernel slower than this is sampled by single runs."""
@@ -83,30 +89,35 @@ class Sampler:
         self._kernel(*self._sets[0])
         once = time.perf_counter() - started
         if once < WARM_UP_S:
-            once = statistics.median(self._runs(1) for _ in range(5))
-            self._runs(max(1, int(WARM_UP_S / once)))
-            once = self._runs(max(1, int(WARM_UP_S / once)))
+            once = statistics.median(self._chunks(1, 5))
+            for _ in range(2):
+                (once,) = self._chunks(max(1, int(WARM_UP_S / once)), 1)
         elif once < PATIENCE_S:
-            once = self._runs(1)
+            (once,) = self._chunks(1, 1)
         self._once_s = once
         return once
 
     def sample(self) -> float:
-        """Return the seconds of one run, the mean of a few milliseconds of runs."""
-        return self._runs(max(1, int(SAMPLE_S / self._once_s)))
+        """Return the seconds of one run, as it is in the undisturbed part of some milliseconds."""
+        number = max(1, int(CHUNK_S / self._once_s))
+        count = max(1, int(SAMPLE_S / (number * self._once_s)))
+        return float(np.quantile(self._chunks(number, count), QUIET))
 
-    def _runs(self, number: int) -> float:
+    def _chunks(self, number: int, count: int) -> list[float]:
+        """Return the mean seconds of ``number`` runs in a row, ``count`` times."""
         if len(self._sets) == 1:
-            evaluator = self._library.time_evaluator("main", tvm.cpu(), number=number, repeat=1)
-            return float(evaluator(*self._sets[0]).results[0])
-        count, first, kernel = len(self._sets), self._next, self._kernel
-        order = [self._sets[(first + i) % count] for i in range(number)]
-        started = time.perf_counter()
-        for arguments in order:
-            kernel(*arguments)
-        ended = time.perf_counter()
-        self._next = (first + number) % count
-        return (ended - started) / number
+            evaluator = self._library.time_evaluator("main", tvm.cpu(), number=number, repeat=count)
+            return [float(seconds) for seconds in evaluator(*self._sets[0]).results]
+        copies, kernel = len(self._sets), self._kernel
+        means = []
+        for _ in range(count):
+            order = [self._sets[(self._next + i) % copies] for i in range(number)]
+            started = time.perf_counter()
+            for arguments in order:
+                kernel(*arguments)
+            means.append((time.perf_counter() - started) / number)
+            self._next = (self._next + number) % copies
+        return means
 
 
 def _bytes(tensor: tvm.runtime.Tensor) -> int:
