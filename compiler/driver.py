@@ -269,6 +269,7 @@ def compile(
         context = Context(
             target=resolved,
             threads=threads,
+            teacher=model,
             calibration=_calibration(model, calibration, allow_random=allow_random_calibration),
             allow_random=allow_random_calibration,
             cache=user_folder(),

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 
 from hone import calibrate
+from hone.adapt import RoundingTask, learn_roundings
 from hone.calibration_cache import CalibrationCache
 from hone.data import Dataset
 from hone.model import Model
 from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
+from hone.passes.quantize.adaptive_rounding import STEPS
 from hone.passes.quantize.bias_correction import InputMeans
 from hone.passes.quantize.calibrator import Calibrator, Method
-from hone.passes.quantize.equalize import By, equalize, equalized_tensors
+from hone.passes.quantize.equalize import DEFAULT_ALPHA, By, equalize, equalized_tensors
+from hone.passes.quantize.integer_layer import quantize_weights
 from hone.passes.quantize.observer import Range
-from hone.passes.quantize.quantize_int8 import Quantization, quantize_int8, weighted_inputs
+from hone.passes.quantize.quantize_int8 import (
+    Quantization,
+    quantize_int8,
+    quantized_reads,
+    weighted_inputs,
+    weighted_sites,
+)
+from hone.passes.quantize.smooth_norms import smooth_norms, smoothed_tensors
+from hone.passes.quantize.weight_schemes import WeightOptions
 from hone.quantization_error import layer_errors
 
 from .candidate import Candidate, Context, bindings_left, prepared, selected
 from .options.int8 import Int8Options, Int8Step
+from .recovered import recovered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +51,8 @@ class Calibrated:
         Binding names of layers that stay in float by request.
     means : mapping of str to InputMeans or None
         For bias correction.
+    rounded : mapping of str to ndarray or None
+        Layer → int8 levels of its weights, where they are not rounded to nearest.
     note : str
         What was done to the float network.
     """
@@ -44,6 +61,7 @@ class Calibrated:
     ranges: Mapping[str, Range]
     keep_float: frozenset[str]
     means: Mapping[str, InputMeans] | None = None
+    rounded: Mapping[str, np.ndarray] | None = None
     note: str = ""
 
     def quantize(self, *, keep_float: Collection[str] = ()) -> Quantization:
@@ -59,6 +77,7 @@ class Calibrated:
             self.ranges,
             keep_float=self.keep_float.union(keep_float),
             means=self.means,
+            rounded=self.rounded,
         )
 
 
@@ -90,16 +109,10 @@ def calibrated(
     cache = None if context.cache is None else CalibrationCache(context.cache)
     note = ""
     if step.equalize is not None:
-        names = equalized_tensors(model.module)
-        extremes = calibrate.channel_ranges(
-            model, data, names, threads=threads, cache=cache, progress=progress
-        )
-        equalized = equalize(model.module, extremes, by=By(step.equalize))
-        model = model.with_module(equalized.module)
-        note = f", {len(equalized.pairs)} pairs of layers equalized"
-    ranges = calibrate.calibrate(
-        model,
-        data,
+        model, note = _equalized(model, By(step.equalize), step.alpha, data, context, cache)
+    measure = partial(
+        calibrate.calibrate,
+        dataset=data,
         threads=threads,
         keep_float=skip,
         calibrator=calibrator(step),
@@ -107,13 +120,105 @@ def calibrated(
         cache=cache,
         progress=progress,
     )
+    ranges = measure(model)
+    if step.recover is not None:
+        sites = weighted_sites(model.module, ranges, keep_float=skip)
+        model, text = recovered(
+            model,
+            step.recover,
+            data,
+            context,
+            layers=[site.layer for site, _ in sites],
+            weights=WeightOptions(),
+            reads=quantized_reads(model.module, ranges, keep_float=skip),
+        )
+        ranges = measure(model)
+        note += text
+    rounded = None
+    if step.rounding == "adaptive":
+        rounded, text = _rounded(model, step, data, context, ranges, skip)
+        note += text
     means = None
     if step.bias_correction:
         inputs = weighted_inputs(model.module, ranges, keep_float=skip)
         means = calibrate.input_means(model, data, inputs, threads=threads, progress=progress)
     return Calibrated(
-        model=model, ranges=ranges, keep_float=frozenset(skip), means=means, note=note
+        model=model,
+        ranges=ranges,
+        keep_float=frozenset(skip),
+        means=means,
+        rounded=rounded,
+        note=note,
     )
+
+
+def _equalized(
+    model: Model,
+    by: By,
+    alpha: float | None,
+    data: Dataset,
+    context: Context,
+    cache: CalibrationCache | None,
+) -> tuple[Model, str]:
+    """Return a model with channels scaled, and a note."""
+    alpha = DEFAULT_ALPHA if alpha is None else alpha
+    names = equalized_tensors(model.module)
+    norms = smoothed_tensors(model.module) if by is By.ACTIVATIONS else ()
+    extremes = calibrate.channel_ranges(
+        model,
+        data,
+        [*names, *norms],
+        threads=context.threads,
+        cache=cache,
+        progress=context.progress,
+    )
+    equalized = equalize(model.module, extremes, by=by, alpha=alpha)
+    note = f", {len(equalized.pairs)} pairs of layers equalized"
+    if norms:
+        equalized = smooth_norms(equalized.module, extremes, alpha=alpha)
+        note += f", {len(equalized.pairs)} products smoothed"
+    return model.with_module(equalized.module), note
+
+
+def _rounded(
+    model: Model,
+    step: Int8Options,
+    data: Dataset,
+    context: Context,
+    ranges: Mapping[str, Range],
+    skip: Collection[str],
+) -> tuple[dict[str, np.ndarray], str]:
+    """Return learned levels of each layer's weights, and a note."""
+    tasks = []
+    for site, levels in weighted_sites(model.module, ranges, keep_float=skip):
+        _, weights = quantize_weights(site, levels)
+        column = (len(site.weight), 1)
+        tasks.append(
+            RoundingTask(
+                site=site,
+                scale=weights.scale.reshape(column),
+                zero_point=weights.zero_point.reshape(column),
+                type=weights.type,
+                data=levels,
+            )
+        )
+    found = learn_roundings(
+        model,
+        data,
+        tasks,
+        threads=context.threads,
+        steps=STEPS if step.rounding_steps is None else step.rounding_steps,
+        seconds=step.rounding_seconds,
+        progress=context.progress,
+    )
+    shapes = {task.site.layer: task.site.weight.shape for task in tasks}
+    levels_of = {layer: found.levels[layer].reshape(shapes[layer]) for layer in found.levels}
+    gains = list(found.gains.values()) or [1.0]
+    note = (
+        f", rounding of {len(levels_of)} layers learned: on average "
+        f"{100 * sum(gains) / len(gains):.0f}% of the squared error of rounding to nearest"
+    )
+    return levels_of, note + "".join(f"; {text}" for text in found.notes)
 
 
 def propose(model: Model, step: Int8Step, context: Context) -> Candidate:

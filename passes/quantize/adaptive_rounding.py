@@ -209,7 +209,7 @@ def _learn(
 
 def _turn_over(problem: _Problem, below: np.ndarray, up: np.ndarray) -> np.ndarray:
     """Return the steps when no single weight can change sides and lower its channel's error."""
-    steps = below + up
+    steps = np.asarray(below + up)
     way = 1.0 - 2.0 * up
     change = problem.change(steps)
     slope = change @ problem.gram

@@ -35,6 +35,10 @@ LARGEST_EXPONENT: Final = 16
 """A channel that is weaker than its neighbours by more is noise, not worth any level."""
 
 
+DEFAULT_ALPHA: Final = 0.5
+"""SmoothQuant's own: halves the difference in the logarithm."""
+
+
 class By(StrEnum):
     """What shall be equal over the channels."""
 
@@ -87,7 +91,7 @@ def equalize(
     ranges: Mapping[str, tuple[Range, ...]],
     *,
     by: By = By.WEIGHTS,
-    alpha: float = 0.5,
+    alpha: float = DEFAULT_ALPHA,
 ) -> Equalization:
     """Scale the channels between layers.
 

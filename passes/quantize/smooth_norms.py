@@ -21,7 +21,7 @@ from tvm.ir import GenericConst, Op
 from hone.errors import ModelError
 from hone.passes.graph.dataflow import PART, Dataflow, Rebuilder, layer_of, shape_of, with_args
 
-from .equalize import LARGEST_EXPONENT, Equalization
+from .equalize import DEFAULT_ALPHA, LARGEST_EXPONENT, Equalization
 from .observer import Range
 from .site import Kind, Site
 from .survey import survey
@@ -49,7 +49,7 @@ def smoothed_tensors(module: tvm.IRModule) -> tuple[str, ...]:
 
 
 def smooth_norms(
-    module: tvm.IRModule, ranges: Mapping[str, tuple[Range, ...]], *, alpha: float = 0.5
+    module: tvm.IRModule, ranges: Mapping[str, tuple[Range, ...]], *, alpha: float = DEFAULT_ALPHA
 ) -> Equalization:
     """Scale the channels between layer normalizations and matrix products.
 

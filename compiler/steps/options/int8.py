@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .section import StepSection
+from .recover import QuantizedRecover
+from .section import Count, Fraction, Seconds, StepSection
 
 
 class Int8Options(StepSection):
@@ -27,6 +28,26 @@ class Int8Options(StepSection):
         description="scale channels between layers first, so that the ranges of weights on both "
         "sides are equal, or those of activations and the weights that read them",
     )
+    alpha: Fraction | None = Field(
+        default=None,
+        description='with equalize = "activations": how much of the difference between channels '
+        "moves from the activation to the weights that read it; 0.5 when absent",
+    )
+    rounding: Literal["nearest", "adaptive"] = Field(
+        default="nearest",
+        description="each weight goes to the nearest level, or to the one below or above, learned "
+        "from calibration data so that each layer's output changes least",
+    )
+    rounding_steps: Count | None = Field(
+        default=None,
+        description='optimizer steps of each layer, with rounding = "adaptive"; 1000 when absent',
+    )
+    rounding_seconds: Seconds | None = Field(
+        default=None, description="stops the learning of all layers' rounding earlier"
+    )
+    recover: QuantizedRecover | None = Field(
+        default=None, description="train weights by distillation while they are quantized"
+    )
     bias_correction: bool = Field(
         default=False, description="take the mean error of quantization out of each layer's bias"
     )
@@ -44,6 +65,20 @@ class Int8Options(StepSection):
             )
         return self
 
+    @model_validator(mode="after")
+    def _helpers_have_an_effect(self) -> Self:
+        if self.alpha is not None and self.equalize != "activations":
+            raise ValueError('alpha is for equalize = "activations"')
+        timed = self.rounding_steps is not None or self.rounding_seconds is not None
+        if timed and self.rounding != "adaptive":
+            raise ValueError('rounding_steps and rounding_seconds are for rounding = "adaptive"')
+        if self.recover is not None and (self.rounding == "adaptive" or self.bias_correction):
+            raise ValueError(
+                "recover trains weights and biases for rounding to nearest: leave out "
+                "rounding and bias_correction"
+            )
+        return self
+
     @property
     def title(self) -> str:
         """The step's row in the report."""
@@ -54,6 +89,12 @@ class Int8Options(StepSection):
             text += f" {self.percentile:g}"
         if self.equalize is not None:
             text += f" + equalize {self.equalize}"
+        if self.alpha is not None:
+            text += f" {self.alpha:g}"
+        if self.rounding == "adaptive":
+            text += " + adaptive rounding"
+        if self.recover is not None:
+            text += " + recover"
         if self.bias_correction:
             text += " + bias correction"
         return text
