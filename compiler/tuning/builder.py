@@ -25,6 +25,7 @@ import tvm
 
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 
+from .pinning import pin_all
 from .reason import reason_of
 from .replay import plain
 from .sampling import Sampler
@@ -185,6 +186,8 @@ def run_candidate(connection: Connection, job: Job) -> None:
         connection.recv()
         arguments = make_arguments(job.arguments)
         sampler = Sampler(library, arguments, weights=job.weights, cold_bytes=job.cold_bytes)
+        sampler.warm_up()
+        pin_all()  # the first run started the threads
         once_s = sampler.warm_up()
         _check(job, arguments)
         connection.send(("warm", once_s))
