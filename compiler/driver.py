@@ -6,11 +6,10 @@ candidate of a build goes through as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hone.passes.lower.fuse_operators import kernel_layers
 from hone.passes.quantize.match_qdq import is_qdq, match_qdq
 from hone.passes.quantize.quantize_int8 import Quantization
 from hone.targets import features
@@ -24,6 +23,7 @@ from .database import Database
 from .errors import LockedError, ToolchainError, UsageError
 from .importing.boundary import unpackable
 from .importing.graph import raise_problems
+from .kernel_table import kernel_table, rebound
 from .model import Model
 from .package import Package
 from .packaging.golden import Golden
@@ -114,18 +114,12 @@ def assemble(
         No linker for the target (exit 6).
     """
     raise_problems(unpackable(model.signature), model.origin.path)
-    model, quantization = _in_integers(model)
+    integers, quantization = _in_integers(model)
     if quantization is not None and quantization.quantized:
         precision = "int8"
-    lowered = pipeline.lower(model.module, target, threads=threads, compact=compact)
+    lowered = pipeline.lower(integers.module, target, threads=threads, compact=compact)
     scheduled = pipeline.schedule(lowered, target, threads=threads, database=database)
     library = pipeline.link(scheduled.module, target, threads=threads)
-    ids = {layer.binding: layer.id for layer in model.layers}
-    table = {
-        kernel: tuple(dict.fromkeys(ids[name] for name in names if name in ids))
-        for kernel, names in kernel_layers(lowered).items()
-    }
-
     floats = [t.name for t in model.signature.outputs if t.dtype.startswith("float")]
     package = Package.create(
         library=library,
@@ -140,7 +134,9 @@ def assemble(
         ),
         precision=precision,
         weights_bytes=weights_bytes(lowered),
-        kernels=table,
+        kernels=kernel_table(
+            model, integers.module, lowered, {} if quantization is None else quantization.merged
+        ),
         provenance=ProvenanceEntry(source_sha256=model.origin.sha256, opset=model.origin.opset),
         golden=(),
         tolerance=dict.fromkeys(floats, GOLDEN_TOLERANCE[precision]),
@@ -273,12 +269,14 @@ def compile(
         context = Context(
             target=resolved,
             threads=threads,
+            teacher=model,
             calibration=_calibration(model, calibration, allow_random=allow_random_calibration),
             allow_random=allow_random_calibration,
             cache=user_folder(),
             progress=progress,
         )
         candidate = int8_step.propose(model, int8 or Int8Step(kind="int8"), context)
+        candidate = replace(candidate, model=rebound(model, candidate.model, candidate.merged))
         model, precision = candidate.model, candidate.precision or "fp32"
         progress.log(f"int8: {candidate.note}")
         for layer, reason in candidate.skipped:

@@ -17,12 +17,14 @@ import tvm
 from tvm import relax
 
 from hone.passes.apply import apply
+from hone.passes.distill.fake_quantize import FakeQuantize
 from hone.passes.distill.kl_loss import KLDivergence, SquaredError, Term
-from hone.passes.distill.lift_constants import BindConstants, LiftConstants
-from hone.passes.distill.training_view import backbone
+from hone.passes.distill.lift_constants import BindConstants, LiftConstants, trainable_constants
+from hone.passes.distill.training_view import ToNCHW, backbone, in_own_layout
 from hone.passes.graph.dataflow import Dataflow, layer_of, shape_of
 from hone.passes.graph.fold_batch_norm import FoldBatchNorm
 from hone.passes.graph.rebatch import Rebatch
+from hone.passes.quantize.quantize_int8 import QuantizedRead
 from hone.targets.target import Target, resolve
 
 from .errors import UsageError
@@ -64,6 +66,158 @@ class RecoverResult:
     steps: int
     seconds: float
     notes: tuple[str, ...] = field(default=())
+
+
+class Distillation:
+    """A student and its teacher, compiled once, for one training or several.
+
+    Parameters
+    ----------
+    student, teacher : tvm.IRModule
+        One function ``main`` each, with the same inputs and outputs and constant float32 weights.
+        Convolutions of the student may be in NHWC.
+    inputs : mapping of str to ndarray
+        Input name → [samples, *input shape].
+    batch : int
+        Samples in a step; rounded down to a multiple of the model's own batch, and to the number
+        of samples.
+    temperature : float
+        Softens both sides of the KL divergence.
+    threads : int
+        Threads of every kernel.
+    mix : float
+        As for `distill`.
+    target : str or Target
+        What the training runs on: this machine.
+    reads : sequence of QuantizedRead
+        Activations that are rounded while training, see `FakeQuantize`.
+    progress : Progress, optional
+        Is told epochs and losses.
+
+    Raises
+    ------
+    UsageError
+        An option or the samples do not fit.
+    ModelError
+        Nothing can be trained, a layer has no gradient, or the batch cannot be followed.
+    """
+
+    def __init__(
+        self,
+        student: tvm.IRModule,
+        teacher: tvm.IRModule,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        batch: int = 32,
+        temperature: float = 2.0,
+        threads: int = 1,
+        mix: float = MIX,
+        target: str | Target = "host",
+        reads: Sequence[QuantizedRead] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        for name, value in (("batch", batch), ("threads", threads)):
+            if value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        if not 0.0 <= mix <= 1.0:
+            raise UsageError(f"mix must be in [0, 1], not {mix}")
+        self._progress = progress or silent()
+        self._student = apply(student, FoldBatchNorm())
+        self._samples = _samples(student["main"], inputs)
+        own = shape_of(student["main"].params[0])[0]
+        self._batch = max(min(batch, len(self._samples[0])) // own, 1) * own
+        # Integers cannot be mixed.
+        floating = all(array.dtype.kind == "f" for array in self._samples)
+        self._mix = mix if floating else 0.0
+        compiler = Compiler(target=resolve(target), threads=threads)
+        view = apply(self._student, ToNCHW())
+        with self._progress.task("compile the training step"):
+            self._ask = _teacher(compiler, teacher, self._batch)
+            self._answers = _in_batches(self._ask, self._samples, self._batch)
+            terms, notes = _terms(view["main"], self._answers, temperature)
+            self.trainer = Trainer(
+                compiler, view, terms, self._batch, view=[FakeQuantize(reads)] if reads else ()
+            )
+        self.notes: tuple[str, ...] = tuple(notes)
+
+    def loss(self) -> float:
+        """Return the mean loss on the unchanged samples."""
+        return self.trainer.evaluate(self._samples, self._answers)
+
+    def train(
+        self,
+        *,
+        epochs: int,
+        learning_rate: float,
+        seed: int = 0,
+        time_limit_s: float | None = None,
+        name: str = "recover",
+    ) -> list[float]:
+        """Train, and return the mean loss of each epoch.
+
+        Parameters
+        ----------
+        epochs : int
+            Passes over the samples; fewer when the time limit ends them.
+        learning_rate : float
+            The highest one.
+        seed : int
+            Of the order and of the mixing of the samples.
+        time_limit_s : float, optional
+            Wall seconds. The learning rate then falls to zero by that time.
+        name : str
+            Of the progress bar.
+        """
+        if epochs < 1:
+            raise UsageError(f"epochs must be at least 1, not {epochs}")
+        if not learning_rate > 0.0:
+            raise UsageError(f"the learning rate must be above 0, not {learning_rate}")
+        started = time.monotonic()
+        rng = np.random.default_rng(seed)
+        steps = self.steps_per_epoch
+        losses: list[float] = []
+        with self._progress.task(name, total=epochs) as task:
+            for epoch in range(epochs):
+                order = rng.permutation(len(self._samples[0]))
+                epoch_losses = []
+                for index in range(steps):
+                    done = (epoch * steps + index) / (epochs * steps)
+                    if time_limit_s is not None:
+                        done = max(done, (time.monotonic() - started) / time_limit_s)
+                    self.trainer.learning_rate = learning_rate * schedule(min(done, 1.0))
+                    chosen = order[index * self._batch : (index + 1) * self._batch]
+                    epoch_losses.append(self.trainer.step(*self._drawn(chosen, rng)))
+                losses.append(float(np.mean(epoch_losses)))
+                task.update(epoch + 1, f"loss {losses[-1]:.4g}")
+                if time_limit_s is not None and time.monotonic() - started >= time_limit_s:
+                    break
+        return losses
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the samples."""
+        return len(self._samples[0]) // self._batch
+
+    def module(self) -> tvm.IRModule:
+        """Return the student with its present weights, in its own layout."""
+        weights = self.trainer.weights()
+        graph = Dataflow(self._student["main"])
+        own = {
+            constant.name: in_own_layout(graph, constant, weights[constant.name])
+            for constant in trainable_constants(self._student)
+            if constant.name in weights
+        }
+        return apply(self._student, LiftConstants(names=own.keys()), BindConstants(own))
+
+    def _drawn(
+        self, chosen: np.ndarray, rng: np.random.Generator
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return a batch of samples and what the teacher says of them."""
+        rows = [array[chosen] for array in self._samples]
+        if not self._mix:
+            return rows, [answer[chosen] for answer in self._answers]
+        rows = mixed(rows, self._mix, rng)
+        return rows, self._ask(rows)
 
 
 def distill(
@@ -128,70 +282,40 @@ def distill(
         Nothing can be trained, a layer has no gradient, or the batch cannot be followed.
     """
     started = time.monotonic()
-    for name, value in (("epochs", epochs), ("batch", batch), ("threads", threads)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
-    if not learning_rate > 0.0:
-        raise UsageError(f"the learning rate must be above 0, not {learning_rate}")
-    if not 0.0 <= mix <= 1.0:
-        raise UsageError(f"mix must be in [0, 1], not {mix}")
-    progress = progress or silent()
-    student = apply(student, FoldBatchNorm())
-    samples = _samples(student["main"], inputs)
-    own = shape_of(student["main"].params[0])[0]
-    batch = max(min(batch, len(samples[0])) // own, 1) * own
-    compiler = Compiler(target=resolve(target), threads=threads)
-    with progress.task("compile the training step"):
-        ask = _teacher(compiler, teacher, batch)
-        answers = _in_batches(ask, samples, batch)
-        terms, notes = _terms(student["main"], answers, temperature)
-        trainer = Trainer(compiler, student, terms, batch)
-    if any(array.dtype.kind != "f" for array in samples):
-        mix = 0.0
-    loss_before = trainer.evaluate(samples, answers)
-    initial = trainer.weights()
-    rng = np.random.default_rng(seed)
-    steps_per_epoch = len(samples[0]) // batch
-    losses: list[float] = []
-    with progress.task("recover", total=epochs) as task:
-        for epoch in range(epochs):
-            order = rng.permutation(len(samples[0]))
-            epoch_losses = []
-            for index in range(steps_per_epoch):
-                done = (epoch * steps_per_epoch + index) / (epochs * steps_per_epoch)
-                if time_limit_s is not None:
-                    done = max(done, (time.monotonic() - started) / time_limit_s)
-                chosen = order[index * batch : (index + 1) * batch]
-                rows = [array[chosen] for array in samples]
-                if mix:
-                    rows = mixed(rows, mix, rng)
-                    wanted = ask(rows)
-                else:
-                    wanted = [answer[chosen] for answer in answers]
-                trainer.learning_rate = learning_rate * schedule(min(done, 1.0))
-                epoch_losses.append(trainer.step(rows, wanted))
-            losses.append(float(np.mean(epoch_losses)))
-            task.update(epoch + 1, f"loss {losses[-1]:.4g}")
-            if time_limit_s is not None and time.monotonic() - started >= time_limit_s:
-                notes.append(
-                    f"the time limit of {time_limit_s:g} s ended the training after "
-                    f"{epoch + 1} of {epochs} epochs"
-                )
-                break
-    loss_after = trainer.evaluate(samples, answers)
-    weights = trainer.weights()
+    run = Distillation(
+        student,
+        teacher,
+        inputs,
+        batch=batch,
+        temperature=temperature,
+        threads=threads,
+        mix=mix,
+        target=target,
+        progress=progress,
+    )
+    notes = list(run.notes)
+    loss_before, initial = run.loss(), run.trainer.weights()
+    left = None if time_limit_s is None else max(time_limit_s - (time.monotonic() - started), 1e-9)
+    losses = run.train(epochs=epochs, learning_rate=learning_rate, seed=seed, time_limit_s=left)
+    if len(losses) < epochs:
+        notes.append(
+            f"the time limit of {time_limit_s:g} s ended the training after "
+            f"{len(losses)} of {epochs} epochs"
+        )
+    loss_after = run.loss()
     if not loss_after <= loss_before:
         notes.append(
             f"training raised the loss from {loss_before:.4g} to {loss_after:.4g}: the weights "
             "stay as they were; a lower learning rate may help"
         )
-        weights, loss_after = initial, loss_before
+        run.trainer.restart(initial)
+        loss_after = loss_before
     return RecoverResult(
-        module=apply(student, LiftConstants(names=weights.keys()), BindConstants(weights)),
+        module=run.module(),
         losses=tuple(losses),
         loss_before=loss_before,
         loss_after=loss_after,
-        steps=len(losses) * steps_per_epoch,
+        steps=len(losses) * run.steps_per_epoch,
         seconds=time.monotonic() - started,
         notes=tuple(notes),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ from hone.targets.target import Target
 
 from . import pipeline
 from .errors import ModelError
+
+Projection = Callable[[str, np.ndarray], np.ndarray]
 
 # The functions of a module that SetupTrainer made.
 _BACKBONE = "backbone"
@@ -87,6 +89,20 @@ class Trainer:
         Loss of each output.
     batch : int
         Samples in a step.
+    view : sequence of tvm.transform.Pass
+        What the training sees of the student beyond its weights, such as `FakeQuantize`; applied
+        once the weights are parameters.
+
+    Attributes
+    ----------
+    learning_rate : float
+        Of the next step.
+    project : callable or None
+        Gives the network other weights than the ones that are trained: constant name and weight →
+        weight of the same shape, such as the nearest one that integers can hold. The gradient is
+        taken where the network is and applied where the weight is (straight-through estimator).
+    frozen : mapping of str to ndarray
+        Constant name → bool, where its elements get no gradient.
 
     Raises
     ------
@@ -95,7 +111,13 @@ class Trainer:
     """
 
     def __init__(
-        self, compiler: Compiler, student: tvm.IRModule, terms: Sequence[Term], batch: int
+        self,
+        compiler: Compiler,
+        student: tvm.IRModule,
+        terms: Sequence[Term],
+        batch: int,
+        *,
+        view: Sequence[tvm.transform.Pass] = (),
     ) -> None:
         batched = apply(student, Rebatch(batch))
         found = _same_shapes(trainable_constants(student), trainable_constants(batched))
@@ -103,7 +125,9 @@ class Trainer:
             raise ModelError("the model has no float32 weight of a convolution or matmul to train")
         self._names = [constant.name for constant in found]
         self.learning_rate = 0.0
-        network = backbone(apply(batched, LiftConstants(names=self._names))["main"])
+        self.project: Projection | None = None
+        self.frozen: Mapping[str, np.ndarray] = {}
+        network = backbone(apply(batched, LiftConstants(names=self._names), *view)["main"])
         require_gradients(network, len(student["main"].params))
         attributes = {"param_num": len(found), "state_num": 0}
         module = tvm.IRModule({_BACKBONE: network}).with_attrs(attributes)
@@ -116,24 +140,31 @@ class Trainer:
         self._loss = functions[_LOSS]
         self._adjoint = functions[_STEP]
         self._optimizer = functions[_OPTIMIZER]
-        self._weights = [tvm.runtime.tensor(constant.value) for constant in found]
-        self._states = list(optimizer.state)
+        self._states = self._initial = list(optimizer.state)
+        self._weights = tensors([constant.value for constant in found])
 
     def step(self, inputs: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
         """Take one optimizer step on a batch and return its loss."""
-        loss, slopes = self._adjoint(*tensors(inputs), *self._weights, *tensors(wanted))
+        loss, slopes = self._adjoint(*tensors(inputs), *self._used(), *tensors(wanted))
+        slopes = [self._masked(*pair) for pair in zip(self._names, slopes, strict=True)]
         self._states[0] = tvm.runtime.tensor(np.array(self.learning_rate, np.float32))
-        weights, states = self._optimizer(self._weights, list(slopes), self._states)
+        weights, states = self._optimizer(self._weights, slopes, self._states)
         self._weights, self._states = list(weights), list(states)
         return float(loss.numpy())
+
+    def restart(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Go on from other weights, with an optimizer that knows nothing of earlier steps."""
+        self._weights = tensors([weights[name] for name in self._names])
+        self._states = list(self._initial)
 
     def evaluate(self, inputs: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
         """Return the mean loss over all samples; a remainder of the batch is left out."""
         batch = self._batch
+        used = self._used()
         losses = [
             self._loss(
                 *tensors([array[start : start + batch] for array in inputs]),
-                *self._weights,
+                *used,
                 *tensors([array[start : start + batch] for array in wanted]),
             )
             for start in range(0, len(inputs[0]) - batch + 1, batch)
@@ -144,6 +175,18 @@ class Trainer:
         """Return the present weights by name."""
         arrays = [np.array(weight.numpy()) for weight in self._weights]
         return dict(zip(self._names, arrays, strict=True))
+
+    def _used(self) -> list[tvm.runtime.Tensor]:
+        """Return the weights that the network computes with."""
+        if self.project is None:
+            return self._weights
+        return tensors([self.project(name, value) for name, value in self.weights().items()])
+
+    def _masked(self, name: str, slope: tvm.runtime.Tensor) -> tvm.runtime.Tensor:
+        frozen = self.frozen.get(name)
+        if frozen is None:
+            return slope
+        return tvm.runtime.tensor(np.where(frozen, np.float32(0.0), slope.numpy()))
 
 
 def _same_shapes(constants: Sequence[Trainable], batched: Sequence[Trainable]) -> list[Trainable]:

@@ -197,7 +197,7 @@ def tune(
             progress.log(f"warning: {warning}")
         rule = untuned or ScheduleModule(Machine.of(target, threads))
         session = Session(
-            tasks=extract(module, database, rule, tasks),
+            tasks=extract(module, database, rule, tasks, cache_bytes=threads * target.l2_bytes),
             database=database,
             target=target,
             threads=threads,

@@ -30,6 +30,10 @@ _BUILDERS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "mobilenetv2": ("hone.models.mobilenet", "mobilenetv2"),
         "bert-mini": ("hone.models.bert", "bert_mini"),
         "vit-tiny": ("hone.models.vit", "vit_tiny"),
+        "shufflenetv2": ("hone.models.shufflenet", "shufflenetv2"),
+        "convnext-atto": ("hone.models.convnext", "convnext_atto"),
+        "unet": ("hone.models.unet", "unet"),
+        "efficientnet-b0": ("hone.models.efficientnet", "efficientnet_b0"),
     }
 )
 

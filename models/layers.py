@@ -54,6 +54,7 @@ def conv(
     groups: int = 1,
     bias: bool = False,
     padding: int | None = None,
+    gain: float = 1.0,
 ) -> Value:
     """Square 2-D convolution, [N, C, H, W] → [N, channels, H', W'].
 
@@ -61,6 +62,8 @@ def conv(
     ----------
     padding : int, optional
         Zeros on each side; ``kernel // 2`` unless given.
+    gain : float
+        Factor on He's standard deviation, which keeps the variance behind a rectifier only.
     """
     batch, in_channels, height, width = x.shape
     padding = kernel // 2 if padding is None else padding
@@ -68,6 +71,7 @@ def conv(
     out_width, inside_width = _positions(width, kernel, stride, padding)
     fan_in = in_channels // groups * kernel * kernel
     weight = graph.he((channels, in_channels // groups, kernel, kernel), fan_in)
+    weight *= np.float32(gain)
     if groups == 1:
         weight -= np.float32(_CENTERING) * weight.mean(axis=(1, 2, 3), keepdims=True)
     moments = None

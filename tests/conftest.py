@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -21,3 +25,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20261121)
+
+
+@pytest.fixture(scope="session")
+def amx(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """AMX tiles, the processor's own or emulated; skips with the reason where there are none."""
+    name = "amx_emulator"
+    path = Path(__file__).parent / name / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    try:
+        with module.tiles(tmp_path_factory.mktemp(name)) as tiles:
+            yield tiles
+    except module.Unavailable as reason:
+        pytest.skip(str(reason))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,6 +94,8 @@ class Candidate:
         What it did, in a few words.
     errors : tuple of (str, float or None)
         Quantized layers, each with its SQNR in dB; None where there is no noise.
+    merged : mapping of str to str
+        Binding name of a layer that is gone → binding name of the layer that computes it now.
     """
 
     model: Model
@@ -101,6 +103,7 @@ class Candidate:
     skipped: tuple[tuple[str, str], ...] = ()
     note: str = ""
     errors: tuple[tuple[str, float | None], ...] = ()
+    merged: Mapping[str, str] = field(default_factory=dict)
 
 
 def selected(model: Model, step: StepSection) -> tuple[Layer, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
+from hone.kernel_table import rebound
 from hone.model import Model
 
 from . import int8, prune, split, tune
@@ -42,4 +44,7 @@ def propose(model: Model, precision: str, step: StepSection, context: Context) -
     if precision not in step.accepts:
         works_on = " or ".join(sorted(step.accepts))
         return f"{step.kind} works on {works_on}, and the model is {precision} already"
-    return PROPOSE[step.kind](model, step, context)
+    candidate = PROPOSE[step.kind](model, step, context)
+    if isinstance(candidate, str):
+        return candidate
+    return replace(candidate, model=rebound(model, candidate.model, candidate.merged))

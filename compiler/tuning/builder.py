@@ -13,8 +13,6 @@ import ctypes
 import json
 import os
 import signal
-import statistics
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,25 +25,10 @@ import tvm
 
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 
+from .pinning import pin_all
 from .reason import reason_of
 from .replay import plain
-
-WARM_UP_S = 0.005
-"""Runs before the timing: the first ones pay for page faults and for the threads' start."""
-
-SAMPLE_S = 0.004
-"""One sample is at least this long: 10 000 times the clock's resolution."""
-
-SAMPLES = 10
-RECORDED = 3
-"""Samples of a candidate, and how many become its record: the shortest ones, since whatever else
-the machine does only ever adds time."""
-
-PATIENCE_S = 0.5
-"""A kernel slower than this is timed by its one warm run."""
-
-HOPELESS = 3.0
-"""A candidate this many times slower than the best one is not timed any further."""
+from .sampling import Sampler
 
 TOLERANCE = 1e-3
 """Largest difference from the untuned kernel, relative to its largest value: a sum in another
@@ -66,20 +49,23 @@ class Job:
         JSON of the TVM target.
     arguments : tuple of (str, tuple of int)
         Data type and shape of each argument.
-    best_s : float or None
-        Seconds of the best candidate so far.
     reference : str or None
         ``.npz`` file with the arguments after a correct run.
     save_reference : bool
         Write that file instead of comparing with it.
+    weights : tuple of int
+        Positions of the arguments that are weights.
+    cold_bytes : int
+        Of all weights of the network, see `hone.tuning.sampling.copies`.
     """
 
     module: str
     target: str
     arguments: tuple[tuple[str, tuple[int, ...]], ...]
-    best_s: float | None
     reference: str | None
     save_reference: bool = False
+    weights: tuple[int, ...] = ()
+    cold_bytes: int = 0
 
 
 class WrongResultError(Exception):
@@ -178,53 +164,14 @@ def compare(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray]) -> Non
             )
 
 
-def time_kernel(
-    library: tvm.runtime.Module, arguments: Sequence[tvm.runtime.Tensor], best_s: float | None
-) -> tuple[float, ...]:
-    """Time a kernel whose arguments are in the caches as far as they fit, as in a running network.
-
-    Parameters
-    ----------
-    library : runtime.Module
-        Holds ``main``.
-    arguments : sequence of Tensor
-        Its arguments.
-    best_s : float or None
-        Seconds of the best kernel so far; one that is `HOPELESS` is not timed precisely.
-
-    Returns
-    -------
-    tuple of float
-        Seconds per run: the `RECORDED` shortest of `SAMPLES` samples, or the one that was taken.
-    """
-
-    def sample(number: int, repeat: int) -> list[float]:
-        evaluator = library.time_evaluator("main", tvm.cpu(), number=number, repeat=repeat)
-        return [float(seconds) for seconds in evaluator(*arguments).results]
-
-    kernel = library["main"]
-    started = time.perf_counter()
-    kernel(*arguments)
-    once = time.perf_counter() - started
-    if once < WARM_UP_S:
-        once = statistics.median(sample(1, 5))
-        sample(max(1, int(WARM_UP_S / once)), 1)
-        once = sample(max(1, int(WARM_UP_S / once)), 1)[0]
-    elif once < PATIENCE_S:
-        once = sample(1, 1)[0]
-    if once >= PATIENCE_S or (best_s is not None and once > HOPELESS * best_s):
-        return (once,)
-    return tuple(sorted(sample(max(1, int(SAMPLE_S / once)), SAMPLES))[:RECORDED])
-
-
 def run_candidate(connection: Connection, job: Job) -> None:
-    """Body of a candidate's process: build, say so, wait for the machine, time, answer.
+    """Body of a candidate's process: build, say so, warm up, and give samples on demand.
 
     Parameters
     ----------
     connection : Connection
-        Sends ``("built", None)``, receives anything, sends ``("timed", seconds)``; at any point
-        ``("failed", reason)``.
+        Sends ``("built", None)``; for the first thing received ``("warm", seconds)``, and for each
+        further one ``("sample", seconds)``; at any point ``("failed", reason)``, which ends it.
     job : Job
         What to do.
     """
@@ -238,19 +185,32 @@ def run_candidate(connection: Connection, job: Job) -> None:
         connection.send(("built", None))
         connection.recv()
         arguments = make_arguments(job.arguments)
-        seconds = time_kernel(library, arguments, job.best_s)
-        results = [_as_plain(argument) for argument in arguments]
-        if job.reference is not None and job.save_reference:
-            np.savez(job.reference, *results)
-        elif job.reference is not None:
-            with np.load(job.reference) as stored:
-                compare([stored[name] for name in stored.files], results)
-    except EOFError:  # the search is gone
-        os._exit(1)
+        sampler = Sampler(library, arguments, weights=job.weights, cold_bytes=job.cold_bytes)
+        sampler.warm_up()
+        pin_all()  # the first run started the threads
+        once_s = sampler.warm_up()
+        _check(job, arguments)
+        connection.send(("warm", once_s))
+        while True:
+            connection.recv()
+            connection.send(("sample", sampler.sample()))
+    except EOFError:  # the search is gone, or has enough samples
+        os._exit(0)
     except Exception as error:  # noqa: BLE001 - a process boundary: the search reports it
         connection.send(("failed", reason_of(error)))
-        return
-    connection.send(("timed", seconds))
+
+
+def _check(job: Job, arguments: Sequence[tvm.runtime.Tensor]) -> None:
+    """Compare the arguments after a run with the right ones, or keep them as such.
+
+    There are none where the untuned kernel did not run; the search says so.
+    """
+    results = [_as_plain(argument) for argument in arguments]
+    if job.reference is not None and job.save_reference:
+        np.savez(job.reference, *results)
+    elif job.reference is not None and Path(job.reference).exists():
+        with np.load(job.reference) as stored:
+            compare([stored[name] for name in stored.files], results)
 
 
 def _as_plain(tensor: tvm.runtime.Tensor) -> np.ndarray:

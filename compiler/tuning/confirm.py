@@ -93,6 +93,11 @@ class Trial:
     seconds: float
     untuned_s: float
 
+    @property
+    def gain(self) -> float:
+        """How many times faster than the untuned kernel of the same runs."""
+        return self.untuned_s / self.seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmation:
@@ -101,7 +106,7 @@ class Confirmation:
     Parameters
     ----------
     trials : tuple of Trial
-        What was tried; a kernel's first candidate before its second.
+        What was tried; the first candidates of all kernels before the second ones.
     speedup : Speedup or None
         Of the whole model with the kept candidates over the untuned one, when the machine is
         quiet; None when none is kept.
@@ -126,11 +131,12 @@ def confirm(
 ) -> Confirmation:
     """Try candidates inside the model.
 
-    Each kernel's best candidate is timed inside the model in turns with the untuned kernel, and
-    kept when it is faster outside noise; where it is not, the second one is tried, if time
-    permits. At last the whole model is timed with the kept ones, and with every kernel's best
-    one, since an instrument that watches kernels of a microsecond disturbs them. What makes the
-    whole model faster outside noise stays; otherwise nothing does.
+    Each kernel's best candidate is timed inside the model in turns with the untuned kernel, then
+    the second one, and so on, while time permits: the order in isolation is not the order there.
+    Of those that are faster outside noise the fastest is chosen. At last the whole model is timed
+    with the chosen ones, and with every kernel's best one, since an instrument that watches
+    kernels of a microsecond disturbs them. What makes the whole model faster outside noise stays;
+    otherwise nothing does.
 
     Parameters
     ----------
@@ -150,23 +156,31 @@ def confirm(
     OutOfTime
         The time does not suffice for any conclusion.
     """
-    firsts = dict.fromkeys(candidates, 0)
-    say(f"trying the records of {len(firsts)} kernels inside the model")
-    trials = {(k, 0): _trial(k, 0, measured) for k, measured in stage.kernels(firsts).items()}
-    chosen = {kernel: 0 for (kernel, _), trial in trials.items() if trial.kept}
-    seconds = {kernel: 1 for kernel, _ in trials if kernel not in chosen and candidates[kernel] > 1}
-    if seconds:
-        say(f"trying the second best records of {len(seconds)} kernels inside the model")
+    trials: dict[tuple[str, int], Trial] = {}
+    chosen: dict[str, int] = {}
+    best: dict[str, int] = {}
+    for number in range(max(candidates.values(), default=0)):
+        trying = {kernel: number for kernel, count in candidates.items() if count > number}
+        say(f"trying the records of {len(trying)} kernels inside the model, rank {number + 1}")
         try:
-            for kernel, measured in stage.kernels({**chosen, **seconds}).items():
-                if kernel in seconds:
-                    trials[kernel, 1] = trial = _trial(kernel, 1, measured)
-                    if trial.kept:
-                        chosen[kernel] = 1
+            measured = stage.kernels({**chosen, **trying})
         except OutOfTime:
-            say("no time is left for the second best records")
+            if not number:
+                raise
+            say("no time is left for records of this rank")
+            break
+        for kernel in trying:
+            if kernel not in measured:
+                continue
+            trials[kernel, number] = trial = _trial(kernel, number, measured[kernel])
+            if kernel not in best or trial.gain > trials[kernel, best[kernel]].gain:
+                best[kernel] = number
+            if trial.kept and (
+                kernel not in chosen or trial.gain > trials[kernel, chosen[kernel]].gain
+            ):
+                chosen[kernel] = number
     say("comparing the whole models")
-    everything = {kernel: chosen.get(kernel, 0) for kernel, _ in trials}
+    everything = {**best, **chosen}
     choices: dict[str, Choice] = {UNTUNED: {}}
     if chosen:
         choices[CONFIRMED] = chosen

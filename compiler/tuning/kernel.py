@@ -7,10 +7,11 @@ its parts, the design space, the evolutionary search and the cost model, are dri
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 import tvm
@@ -24,7 +25,7 @@ from hone.targets.schedule.machine import Machine
 from .reason import reason_of
 from .records import trace_key
 from .replay import REFUSALS, ReplayError, parse
-from .variants import template_candidates
+from .space import Made, TemplateSpace
 
 POPULATION = 40
 FRESH = 20
@@ -109,18 +110,23 @@ class Proposal:
         Empty when the search space is exhausted.
     bred : bool
         Whether the evolutionary search made them, which has to hear how they did.
+    made : tuple of Made
+        The same candidates with their decisions, where a template made them.
     """
 
     candidates: list[ms.MeasureCandidate]
     bred: bool
+    made: tuple[Made, ...] = ()
 
 
 class KernelSearch:
     """The search space of one kernel, and what is known about it.
 
-    The first candidates are those of hone's templates. Then TVM's general space is made; where
-    nothing is known that could be bred, one batch is drawn from it at random, and the evolutionary
-    search does the rest.
+    The first candidates are those of hone's templates: the untuned schedule, those next to it, and
+    what becomes of the best ones when their decisions are changed; the cost model says which of
+    them to measure. When there are no more, TVM's general space is made; where nothing is known
+    that could be bred, one batch is drawn from it at random, and the evolutionary search does the
+    rest.
 
     Parameters
     ----------
@@ -175,9 +181,11 @@ class KernelSearch:
         for record in self._parents:
             database.commit_tuning_record(record)
         self._context: ms.TuneContext | None = None
-        self._lessons: list[tuple[ms.MeasureCandidate, tuple[float, ...]]] = []
         self._seen: set[int] = set()
-        self._queue = self._new(template_candidates(module, machine))
+        self._template = TemplateSpace(module, machine, seed=seed)
+        self._plain: ms.TuneContext | None = None
+        self._queue: Iterator[ms.MeasureCandidate] = iter(())
+        self._teach([(record.as_measure_candidate(), _times(record)) for record in self._parents])
 
     def _new(self, candidates: Iterable[ms.MeasureCandidate]) -> Iterator[ms.MeasureCandidate]:
         """Yield what is new of some candidates: small spaces give the same one over and over."""
@@ -189,6 +197,11 @@ class KernelSearch:
 
     def propose(self) -> Proposal:
         """Return the next candidates; none when the space is exhausted."""
+        made = self._from_template()
+        if made:
+            self._seen |= {tvm_ffi.structural_hash(m.candidate.sch.mod) for m in made}
+            candidates = [m.candidate for m in made]
+            return Proposal(candidates=candidates, bred=False, made=tuple(made))
         candidates = list(islice(self._queue, self._batch))
         if not candidates and self._context is None and not self.refusal:
             self._open()
@@ -199,6 +212,33 @@ class KernelSearch:
             return Proposal(candidates=[], bred=False)
         bred = self._context.generate_measure_candidates()
         return Proposal(candidates=list(bred or ()), bred=True)
+
+    def _from_template(self) -> list[Made]:
+        """Return what a template gives that no session has measured yet."""
+        while made := self._template.next(self._batch, self._predict):
+            new = []
+            for one in made:
+                if seconds := self.known(one.candidate):
+                    self._template.note(one.decided, fmean(seconds))
+                else:
+                    new.append(one)
+            if new:
+                return new
+        return []
+
+    def _predict(self, candidates: Sequence[ms.MeasureCandidate]) -> list[float] | None:
+        """Return the cost model's scores, larger is faster."""
+        scores: list[float] = self._model.predict(self._light, list(candidates)).tolist()
+        return scores
+
+    @property
+    def _light(self) -> ms.TuneContext:
+        """What the cost model wants to know of the kernel, without TVM's general space."""
+        if self._plain is None:
+            self._plain = make_context(
+                self._module, self._target, ms.search_strategy.ReplayTrace(), seed=self._seed
+            )
+        return self._plain
 
     def _open(self) -> None:
         """Make TVM's general space, which takes seconds; queue a random draw from it."""
@@ -216,9 +256,6 @@ class KernelSearch:
             self.refusal = reason_of(error)
             return
         self._context = context
-        lessons = [(record.as_measure_candidate(), _times(record)) for record in self._parents]
-        self._teach(lessons + self._lessons)
-        self._lessons.clear()
 
     def _draw(self, spaces: list[s_tir.Schedule]) -> None:
         strategy = ms.search_strategy.ReplayTrace()
@@ -273,13 +310,12 @@ class KernelSearch:
         if proposal.bred and self._context is not None:
             results = [_result(times) for times in seconds]
             self._context.notify_runner_results(proposal.candidates, results)
-        lessons = [(proposal.candidates[i], seconds[i]) for i in new]
-        if self._context is None:
-            self._lessons += lessons  # the model wants a context
-        else:
-            self._teach(lessons)
+        for made, times in zip(proposal.made, seconds, strict=False):
+            if times:
+                self._template.note(made.decided, fmean(times))
+        self._teach([(proposal.candidates[i], seconds[i]) for i in new])
 
     def _teach(self, lessons: list[tuple[ms.MeasureCandidate, tuple[float, ...]]]) -> None:
         if lessons:
             candidates = [candidate for candidate, _ in lessons]
-            self._model.update(self._context, candidates, [_result(times) for _, times in lessons])
+            self._model.update(self._light, candidates, [_result(times) for _, times in lessons])

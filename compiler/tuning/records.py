@@ -26,6 +26,11 @@ WORTHWHILE = 0.98
 """A record is used when it takes at most this share of the untuned time: below it is noise."""
 
 
+CONTENDERS = 5
+"""Records of a kernel that are tried inside the model: among so many that are nearly equal in
+isolation the best one there is usually found."""
+
+
 class Verdict(StrEnum):
     """What became of a record inside a running model, beside the kernel without a record."""
 
@@ -269,7 +274,10 @@ def choose(
 def contenders(
     records: Sequence[list[Any]], verdicts: Mapping[str, Verdict], untuned_s: float | None
 ) -> list[list[Any]]:
-    """Return the records that are worth a try inside the model, at most two, best first.
+    """Return the records that are worth a try inside the model, confirmed and fast ones first.
+
+    Every one that is no slower in isolation than the untuned kernel: the order there is not the
+    order inside the model.
 
     Parameters
     ----------
@@ -280,16 +288,13 @@ def contenders(
     untuned_s : float or None
         Seconds in isolation without a record.
     """
-    first = choose(records, verdicts, untuned_s)
-    if first is None:
-        return []
-    others = [
+    limit = math.inf if untuned_s is None else untuned_s
+    tried = [
         record
         for record in records
-        if record is not first
-        and verdicts.get(trace_key(record)) is not Verdict.REJECTED
-        and (untuned_s is None or (seconds_of(record) or math.inf) <= WORTHWHILE * untuned_s)
+        if verdicts.get(trace_key(record)) is not Verdict.REJECTED
+        and (seconds_of(record) or math.inf) <= limit
     ]
-    # A record that another session confirmed is the better second choice.
-    others.sort(key=lambda record: verdicts.get(trace_key(record)) is not Verdict.CONFIRMED)
-    return [first, *others[:1]]
+    # What another session confirmed comes first: the others have to beat it.
+    tried.sort(key=lambda record: verdicts.get(trace_key(record)) is not Verdict.CONFIRMED)
+    return tried[:CONTENDERS]

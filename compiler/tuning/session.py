@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ RUN_TIMEOUT_S = 10.0
 TICK_S = 0.25
 """How often the progress moves while nothing happens."""
 
-CONFIRM_SHARE = 0.15
-CONFIRM_MOST_S = 25.0
+CONFIRM_SHARE = 0.2
+CONFIRM_MOST_S = 120.0
 """How much of the budget the trial inside the model may take: a share, and at most so long."""
 
 LATE_SHARE = 0.1
@@ -244,7 +244,7 @@ class Session:
         """Return what a new child is told."""
         return {
             "target": self.target.llvm(self.threads),
-            "machine": asdict(Machine.of(self.target, self.threads)),
+            "machine": Machine.of(self.target, self.threads).facts(),
             "seed": self.seed,
             "deadline": self.deadline,
             "batch": batch_size(self.budget_s, len(self.tasks)),
@@ -265,6 +265,8 @@ class Session:
                     "records": self.database.records(task.key),
                     "verdicts": self.database.verdicts(task.key),
                     "untuned_s": self.database.untuned_s(task.key),
+                    "weights": task.weights,
+                    "cold_bytes": task.cold_bytes,
                     "quarantined": position in self.quarantined,
                 }
                 for position, task in enumerate(self.tasks)

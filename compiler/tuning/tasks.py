@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tvm
@@ -47,6 +47,11 @@ class Task:
         Seconds of all its calls in one run of the untuned model.
     verdict : Verdict or None
         Of this session, on the record that the kernel is compiled with, else on its best one.
+    weights : list of int
+        Positions of the arguments that are constants of the model.
+    cold_bytes : int
+        Size of all constants of the model, where they do not stay in the caches from one run to
+        the next; else 0.
     """
 
     name: str
@@ -64,6 +69,8 @@ class Task:
     failure: str = ""
     model_s: float | None = None
     verdict: Verdict | None = None
+    weights: list[int] = field(default_factory=list)
+    cold_bytes: int = 0
 
     @property
     def key(self) -> str:
@@ -71,20 +78,38 @@ class Task:
         return str(self.workload[0])
 
 
-def _calls(module: tvm.IRModule) -> dict[str, int]:
-    """Count how often the Relax functions of a module call each TIR function."""
-    counts: dict[str, int] = {}
+@dataclass
+class _Use:
+    """How a model calls a TIR function: how often, and with constants at which positions."""
+
+    calls: int = 0
+    weights: list[int] = field(default_factory=list)
+
+
+def _uses(module: tvm.IRModule) -> tuple[dict[str, _Use], int]:
+    """Return the use of each TIR function, and the bytes of all constants."""
+    uses: dict[str, _Use] = {}
+    sizes: dict[int, int] = {}
 
     def visit(expression: relax.Expr) -> None:
-        if isinstance(expression, relax.Call) and expression.args:
-            callee = expression.args[0]
-            if isinstance(callee, tvm.ir.GlobalVar):
-                counts[callee.name_hint] = counts.get(callee.name_hint, 0) + 1
+        if not isinstance(expression, relax.Call) or not expression.args:
+            return
+        callee = expression.args[0]
+        if not isinstance(callee, tvm.ir.GlobalVar):
+            return
+        use = uses.setdefault(callee.name_hint, _Use())
+        use.calls += 1
+        passed = expression.args[1] if len(expression.args) > 1 else ()
+        fields = passed.fields if isinstance(passed, relax.Tuple) else ()
+        constants = {i: f for i, f in enumerate(fields) if isinstance(f, tvm.ir.GenericConst)}
+        use.weights = list(constants)
+        for constant in constants.values():
+            sizes[constant.__chandle__()] = int(constant.value.numpy().nbytes)
 
     for func in module.functions.values():
         if isinstance(func, relax.Function):
             relax.analysis.post_order_visit(func, visit)
-    return counts
+    return uses, sum(sizes.values())
 
 
 def _moved_bytes(workload: tvm.IRModule) -> float:
@@ -100,6 +125,8 @@ def extract(
     database: Database,
     untuned: Callable[[tvm.IRModule], tvm.IRModule],
     names: Collection[str] | None,
+    *,
+    cache_bytes: int = 0,
 ) -> list[Task]:
     """Return the distinct unscheduled kernels of a module.
 
@@ -113,6 +140,8 @@ def extract(
         Schedules a workload as it is without a record.
     names : collection of str or None
         The kernels to take; all when None.
+    cache_bytes : int
+        What the cores' own caches hold together: constants of no more than that stay there.
 
     Raises
     ------
@@ -128,21 +157,22 @@ def extract(
                 hint=f"the module has {', '.join(functions) or 'none'}.",
             )
         functions = {name: func for name, func in functions.items() if name in names}
-    calls = _calls(module)
+    uses, weight_bytes = _uses(module)
+    stays = weight_bytes <= cache_bytes
     found: dict[str, Task] = {}
     for name, func in functions.items():
         workload = workload_module(func)
         filed = ms.database.Workload(workload).as_json()
         filed = [str(filed[0]), str(filed[1])]
         if filed[0] in found:
-            found[filed[0]].calls += calls.get(name, 1)
+            found[filed[0]].calls += uses.get(name, _Use(calls=1)).calls
             found[filed[0]].names.append(name)
             continue
         records = database.records(filed[0])
         before_s = seconds_of(records[0]) if records else None
         found[filed[0]] = Task(
             name=name,
-            calls=calls.get(name, 1),
+            calls=uses.get(name, _Use(calls=1)).calls,
             names=[name],
             workload=filed,
             module=tvm.ir.save_json(workload),
@@ -150,6 +180,8 @@ def extract(
             estimate_s=estimate_s(estimate_tir_flops(workload), _moved_bytes(workload)),
             before_s=before_s,
             best_s=before_s,
+            weights=uses.get(name, _Use()).weights,
+            cold_bytes=0 if stays else weight_bytes,
         )
     return list(found.values())
 

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import tvm
-import tvm_ffi
 from tvm.s_tir import meta_schedule as ms
 
 from hone.targets.schedule.machine import Machine
 
 from . import journal
-from .bench import Bench
+from .bench import REFERENCE, Bench, Outcome
 from .builder import Job, die_with_parent
 from .kernel import KernelSearch, cores
 from .order import Order
@@ -62,29 +61,23 @@ class Kernel:
         self.names = tuple(task["names"])
         self.records: list[Any] = task["records"]
         self._verdicts = {key: Verdict(verdict) for key, verdict in task["verdicts"].items()}
-        self._known_untuned_s: float | None = task["untuned_s"]
         self._workload = str(task["module"])
-        self.reference: str | None = str(reference)
-        self.untuned_s: float | None = None
-        self.best_s: float | None = None
+        self._weights = tuple(task["weights"])
+        self._cold_bytes = int(task["cold_bytes"])
+        self._reference = reference
+        self.untuned_s: float | None = task["untuned_s"]
+        self.is_timed = False
         self.search: KernelSearch | None = None
-        untuned = tvm.ir.load_json(self.untuned)["main"]
-        self._untuned_key = tvm_ffi.structural_hash(untuned.without_attr("tirx.is_scheduled"))
         self._target = json.dumps(target)
         self._arguments = tuple(
             (str(info.dtype), tuple(int(extent) for extent in info.shape))
             for info in ms.arg_info.ArgInfo.from_entry_func(self.module)
         )
 
-    def is_untuned(self, candidate: ms.MeasureCandidate) -> bool:
-        """Say whether a candidate is the untuned schedule."""
-        return bool(tvm_ffi.structural_hash(candidate.sch.mod["main"]) == self._untuned_key)
-
     def contenders(self) -> list[Any]:
-        """Return the records to try inside the model, best first; at most two."""
+        """Return the records to try inside the model, best first."""
         records = sorted(self.records, key=lambda record: seconds_of(record) or math.inf)
-        known = [s for s in (self._known_untuned_s, self.untuned_s) if s is not None]
-        return contenders(records, self._verdicts, min(known, default=None))
+        return contenders(records, self._verdicts, self.untuned_s)
 
     def is_settled(self, record: list[Any]) -> bool:
         """Say whether a record was tried inside a model before."""
@@ -96,16 +89,27 @@ class Kernel:
             functions=self.names, module=self._workload, records=tuple(self.contenders())
         )
 
-    def job(self, module: str, *, save_reference: bool = False) -> Job:
+    def job(self, module: str) -> Job:
         """Return the measurement of one scheduled form of this kernel."""
         return Job(
             module=module,
             target=self._target,
             arguments=self._arguments,
-            best_s=self.best_s,
-            reference=self.reference,
-            save_reference=save_reference,
+            reference=str(self._reference),
+            save_reference=module == self.untuned and not self._reference.exists(),
+            weights=self._weights,
+            cold_bytes=self._cold_bytes,
         )
+
+    def time(self, outcome: Outcome) -> tuple[float, ...]:
+        """Return the seconds of a candidate on the scale that all its records share.
+
+        The untuned kernel took `untuned_s` when it was first timed; every record since is its
+        ratio to it, whatever the clock did in between.
+        """
+        if not outcome.ratios or self.untuned_s is None:
+            return outcome.seconds
+        return tuple(ratio * self.untuned_s for ratio in outcome.ratios)
 
 
 class Search:
@@ -180,7 +184,7 @@ class Search:
         news = any(
             not kernels[i].is_settled(record)
             for i, candidates in offered.items()
-            for record in candidates.records[:1]
+            for record in candidates.records
         )
         if not news or self._whole.failure:
             return
@@ -225,8 +229,6 @@ class Search:
         """Do one batch of a kernel; return False when the time is over."""
         kernel = self._kernels[position]
         if kernel.search is None:
-            if not self._measure_untuned(position, kernel):
-                return False
             kernel.search = KernelSearch(
                 kernel.module,
                 self._target,
@@ -253,20 +255,19 @@ class Search:
         jobs = [kernel.job(tvm.ir.save_json(proposal.candidates[i].sch.mod)) for i in new]
         progress = False
         outcomes = 0
-        for outcome in self._bench.measure(jobs, self._deadline):
+        reference = kernel.job(kernel.untuned)
+        for outcome in self._bench.measure(jobs, self._deadline, reference=reference):
+            if outcome.position == REFERENCE:
+                self._untuned(position, kernel, outcome)
+                continue
             outcomes += 1
             i = new[outcome.position]
             if not outcome.seconds:
                 self._say("failed", task=position, reason=outcome.reason)
                 continue
-            seconds[i] = outcome.seconds
-            mean = float(np.mean(outcome.seconds))
-            progress |= self._order.timed(position, mean)
-            kernel.best_s = min(mean, kernel.best_s or mean)
-            if kernel.is_untuned(proposal.candidates[i]) and mean < (kernel.untuned_s or 0.0):
-                kernel.untuned_s = mean  # the same code again, on a quieter machine
-                self._say("untuned", task=position, seconds=mean, reason="")
-            record = search.record(proposal.candidates[i], outcome.seconds)
+            seconds[i] = kernel.time(outcome)
+            progress |= self._order.timed(position, float(np.mean(seconds[i])))
+            record = search.record(proposal.candidates[i], seconds[i])
             kernel.records.append(record)
             self._say("record", task=position, record=record)
         if outcomes < len(jobs):
@@ -280,23 +281,18 @@ class Search:
         self._link.recv_bytes()  # the parent has written everything down
         return True
 
-    def _measure_untuned(self, position: int, kernel: Kernel) -> bool:
-        """Time a kernel as it is without a record; return False when the time is over."""
-        job = kernel.job(kernel.untuned, save_reference=True)
-        outcomes = list(self._bench.measure([job], self._deadline))
-        if not outcomes:
-            return False
-        outcome = outcomes[0]
+    def _untuned(self, position: int, kernel: Kernel, outcome: Outcome) -> None:
+        """Take the time of a kernel as it is without a record, once in a session."""
+        if kernel.is_timed:
+            return
+        kernel.is_timed = True
         if not outcome.seconds:
-            kernel.reference = None
             self._say("untuned", task=position, seconds=None, reason=outcome.reason)
-            return True
-        kernel.untuned_s = float(np.mean(outcome.seconds))
+            return
+        if kernel.untuned_s is None:
+            kernel.untuned_s = float(np.mean(outcome.seconds))
         self._order.timed(position, kernel.untuned_s)
-        known = [float(np.mean(record[1])) for record in kernel.records[:1]]
-        kernel.best_s = min([kernel.untuned_s, *known])
         self._say("untuned", task=position, seconds=kernel.untuned_s, reason="")
-        return True
 
     def _say(self, kind: str, **values: Any) -> None:
         self._link.send_bytes(journal.dumps({"kind": kind, **values}))

@@ -6,6 +6,7 @@ Rewrites the results of ``main``. Runs on high-level operators whose weights are
 
 from __future__ import annotations
 
+import numpy as np
 import tvm
 from tvm import relax
 
@@ -13,9 +14,63 @@ from hone.errors import ModelError
 from hone.passes.graph.dataflow import Dataflow, Rebuilder, layer_of, shape_of, variables
 
 from . import gradients
+from .lift_constants import Trainable
 
+_NHWC = (0, 2, 3, 1)
 _CONV2D = tvm.ir.Op.get("relax.nn.conv2d")
 _SOFTMAX = tvm.ir.Op.get("relax.nn.softmax")
+
+
+@tvm.transform.module_pass(opt_level=0)
+class ToNCHW:
+    """Return convolutions in NHWC to NCHW, in which Relax knows their gradients.
+
+    Variables keep their names. A module without convolutions in NHWC stays the very same.
+    """
+
+    def transform_module(
+        self, module: tvm.IRModule, _context: tvm.transform.PassContext
+    ) -> tvm.IRModule:
+        """Return the module in NCHW."""
+        calls = [binding.value for binding in Dataflow(module["main"]).bindings]
+        if not any(
+            isinstance(call, relax.Call)
+            and call.op.same_as(_CONV2D)
+            and str(call.attrs.data_layout) == "NHWC"
+            for call in calls
+        ):
+            return module
+        transform = relax.transform
+        return tvm.transform.Sequential(
+            [
+                transform.ConvertLayout({"relax.nn.conv2d": ["NCHW", "OIHW"]}),
+                transform.Normalize(),
+                transform.FoldConstant(),
+            ]
+        )(module)
+
+
+def in_own_layout(graph: Dataflow, constant: Trainable, value: np.ndarray) -> np.ndarray:
+    """Return a value from the NCHW training view in the layout of a module's constant.
+
+    ``[K, C, R, S] → [K, R, S, C]`` for a convolution in NHWC and what is added to its result.
+
+    Parameters
+    ----------
+    graph : Dataflow
+        ``main`` of the module.
+    constant : Trainable
+        Of the module.
+    value : numpy.ndarray
+        From the view.
+    """
+    calls = [graph.call(constant.var)]
+    if calls[0] is not None and not calls[0].op.same_as(_CONV2D):
+        calls = [graph.call(argument, _CONV2D) for argument in calls[0].args]
+    last = any(call is not None and str(call.attrs.data_layout) == "NHWC" for call in calls)
+    if last and value.ndim == len(_NHWC):
+        value = value.transpose(_NHWC)
+    return np.ascontiguousarray(value).reshape(constant.value.shape)
 
 
 def backbone(main: relax.Function) -> relax.Function:

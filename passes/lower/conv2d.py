@@ -258,8 +258,8 @@ def legalize_conv2d(
     window = Window.of(data, (taps_h, taps_w), attrs)
     if int(attrs.groups) == 1:
         height, width = window.output
-        transform = choose_transform(machine, window, channels=channels)
-        if transform is not None and not compact:
+        transform = None if compact else choose_transform(machine, window, channels=channels)
+        if transform is not None:
             return _winograd(machine, bb, data, values, window, transform)
         tile = choose_tile(
             machine,

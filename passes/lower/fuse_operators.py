@@ -13,6 +13,10 @@ from collections.abc import Hashable, Iterator, Mapping
 import tvm
 from tvm import relax
 
+from hone.passes.apply import apply
+
+from .separate_broadcasts import RemoveSeparations, SeparateBroadcasts
+
 ATTRIBUTE = "hone.kernel_layers"
 
 
@@ -91,15 +95,15 @@ class FuseOperators:
         module = tvm.transform.Sequential(
             [transform.AnnotateTIROpPattern(), transform.FoldConstant()]
         )(module)
-        fused = transform.FuseOps()(module)
+        fused = apply(module, SeparateBroadcasts(), transform.FuseOps(), RemoveSeparations())
         return fused.with_attr(ATTRIBUTE, _table(module, fused))
 
 
-def _table(before: tvm.IRModule, after: tvm.IRModule) -> dict[str, list[str]]:
-    """Return function → names of the bindings that all its calls compute, in their order."""
+def _table(before: tvm.IRModule, after: tvm.IRModule) -> dict[str, list[list[str]]]:
+    """Return function → for each of its calls the names of the bindings that it computes."""
     origins = _Origins(before["main"])
     functions = {variable.name_hint: func for variable, func in after.functions.items()}
-    table: dict[str, list[str]] = {}
+    table: dict[str, list[list[str]]] = {}
     names: dict[str, Hashable] = {}
     for binding in _bindings(after["main"]):
         callee = _callee(binding.value)
@@ -120,7 +124,7 @@ def _table(before: tvm.IRModule, after: tvm.IRModule) -> dict[str, list[str]]:
             names[str(binding.var.name)] = name
             computed = [name]
         if callee is not None:
-            table.setdefault(callee, []).extend(n for n in computed if isinstance(n, str))
+            table.setdefault(callee, []).append([n for n in computed if isinstance(n, str)])
     return table
 
 
@@ -132,5 +136,22 @@ def kernel_layers(module: tvm.IRModule) -> dict[str, tuple[str, ...]]:
     module : IRModule
         Lowered by a pipeline that holds `FuseOperators`.
     """
+    return {
+        kernel: tuple(name for names in calls for name in names)
+        for kernel, calls in call_layers(module).items()
+    }
+
+
+def call_layers(module: tvm.IRModule) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Return kernel name → for each of its calls, in their order, the bindings that it computes.
+
+    Parameters
+    ----------
+    module : IRModule
+        As for `kernel_layers`.
+    """
     table = (module.attrs or {}).get(ATTRIBUTE, {})
-    return {str(kernel): tuple(str(name) for name in names) for kernel, names in table.items()}
+    return {
+        str(kernel): tuple(tuple(str(name) for name in names) for names in calls)
+        for kernel, calls in table.items()
+    }

@@ -11,15 +11,19 @@ from functools import partial
 import tvm
 from tvm import relax
 
+from hone.passes.quantize.decode_operator import NAME as DECODE_WEIGHTS
 from hone.passes.quantize.legalize import rules as integer_rules
 from hone.targets.schedule.machine import Machine
 
+from .anchors import default_legalization
 from .conv2d import legalize_conv2d
 from .dense import legalize_matmul
 from .elementary import ELEMENTARY_RULES
 from .normalize import legalize_group_norm, legalize_layer_norm, legalize_softmax
 from .pool2d import legalize_max_pool2d
 from .reductions import STATISTICS, legalize_statistic
+from .weight_only import legalize_decode
+from .weight_only import rules as weight_only_rules
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -43,8 +47,14 @@ class LegalizeForCPU:
     ) -> tvm.IRModule:
         """Return the module with every operator legalized."""
         own = {
-            "relax.nn.conv2d": partial(legalize_conv2d, self._machine, self._compact),
-            "relax.matmul": partial(legalize_matmul, self._machine),
+            **weight_only_rules(
+                self._machine,
+                {
+                    "relax.nn.conv2d": partial(legalize_conv2d, self._machine, self._compact),
+                    "relax.matmul": partial(legalize_matmul, self._machine),
+                    "relax.take": default_legalization,
+                },
+            ),
             "relax.nn.max_pool2d": legalize_max_pool2d,
             "relax.nn.softmax": partial(legalize_softmax, False, self._machine),
             "relax.nn.log_softmax": partial(legalize_softmax, True, self._machine),
@@ -62,8 +72,9 @@ class LegalizeForCPU:
         transform = relax.transform
         return tvm.transform.Sequential(
             [
-                transform.LegalizeOps(own, skip_ops=["relax.permute_dims"]),
+                # Both are read through by the kernels behind them; what is left comes last.
+                transform.LegalizeOps(own, skip_ops=["relax.permute_dims", DECODE_WEIGHTS]),
                 transform.DeadCodeElimination(),
-                transform.LegalizeOps(),
+                transform.LegalizeOps({DECODE_WEIGHTS: legalize_decode}),
             ]
         )(module)

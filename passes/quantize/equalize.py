@@ -35,6 +35,10 @@ LARGEST_EXPONENT: Final = 16
 """A channel that is weaker than its neighbours by more is noise, not worth any level."""
 
 
+DEFAULT_ALPHA: Final = 0.5
+"""SmoothQuant's own: halves the difference in the logarithm."""
+
+
 class By(StrEnum):
     """What shall be equal over the channels."""
 
@@ -83,7 +87,11 @@ def equalized_tensors(module: tvm.IRModule) -> tuple[str, ...]:
 
 
 def equalize(
-    module: tvm.IRModule, ranges: Mapping[str, tuple[Range, ...]], *, by: By = By.WEIGHTS
+    module: tvm.IRModule,
+    ranges: Mapping[str, tuple[Range, ...]],
+    *,
+    by: By = By.WEIGHTS,
+    alpha: float = DEFAULT_ALPHA,
 ) -> Equalization:
     """Scale the channels between layers.
 
@@ -93,9 +101,10 @@ def equalize(
         s_i = sqrt(r1_i / r2_i) / median of it over the channels, to the nearest power of two
         W1[i] / s_i,  b1[i] / s_i,  W2[:, i] × s_i
 
-    Without the median both ranges would be ``sqrt(r1_i × r2_i)``. A factor that all channels share
-    changes nothing, and taking it out keeps channels together that are nearly equal, which the
-    rounding could otherwise tear apart. hone quantizes weights per output channel, so the
+    With ``by`` activations, the root is ``r1_i^alpha / r2_i^(1 - alpha)``, of which it is the case
+    alpha = 0.5. Without the median both ranges would be ``sqrt(r1_i × r2_i)``. A factor that all
+    channels share changes nothing, and taking it out keeps channels together that are nearly equal,
+    which the rounding could otherwise tear apart. hone quantizes weights per output channel, so the
     factors matter to what has one scale for all channels: the activation, and the inputs of the
     second layer's filters. For a depthwise second layer with ``by`` activations the weights do not
     matter (each channel has its own scale), and ``s_i = r1_i / max r1``, rounded up, so that
@@ -107,8 +116,7 @@ def equalize(
     is 1, s = [4, 1, 1]; the ranges become [2, 0.5, 0.5] and [2, 0.5, 0.5].
 
     Sources: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction"
-    (ICCV 2019), equations 8 to 12; Xiao et al., "SmoothQuant" (ICML 2023), equation 4 with
-    alpha = 0.5.
+    (ICCV 2019), equations 8 to 12; Xiao et al., "SmoothQuant" (ICML 2023), equation 4.
 
     Parameters
     ----------
@@ -118,6 +126,9 @@ def equalize(
         For every name of `equalized_tensors`, the range of each channel over calibration data.
     by : By
         What shall be equal.
+    alpha : float
+        From 0 to 1, with ``by`` activations: how much of the difference between the activation's
+        channels the second layer's weights take over.
 
     Raises
     ------
@@ -138,7 +149,7 @@ def equalize(
     for _ in range(SWEEPS):
         changed = False
         for pair, scale in zip(pairs, total, strict=True):
-            factor = _factors(pair, weights, ranges[pair.tensor], scale, by)
+            factor = _factors(pair, weights, ranges[pair.tensor], scale, by, alpha)
             changed |= bool((factor != 1.0).any())
             scale *= factor
             _divide(weights, pair, factor)
@@ -198,6 +209,7 @@ def _factors(
     ranges: tuple[Range, ...],
     scale: np.ndarray,
     by: By,
+    alpha: float,
 ) -> np.ndarray:
     """Return this round's factors, ``[K]``; `scale` is the product of the earlier ones."""
     first, second = pair.first, pair.second
@@ -218,7 +230,8 @@ def _factors(
     if own_scales:
         exponent = np.ceil(np.log2(giving / giving[useful].max()))
     else:
-        root = 0.5 * np.log2(giving / reading)
+        share = alpha if by is By.ACTIVATIONS else 0.5
+        root = share * np.log2(giving) - (1.0 - share) * np.log2(reading)
         exponent = np.rint(root - np.median(root[useful]))
     done = np.log2(scale)
     exponent = np.clip(exponent + done, -LARGEST_EXPONENT, LARGEST_EXPONENT) - done

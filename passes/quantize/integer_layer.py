@@ -7,7 +7,7 @@ of a layer can leave int32, whatever the data.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -176,34 +176,36 @@ def quantize_weights(site: Site, data: QParams) -> tuple[np.ndarray, QParams]:
     Returns
     -------
     tuple of ndarray and QParams
-        int8, the shape of ``site.weight``; symmetric per output channel.
+        int8, the shape of ``site.weight``; symmetric per output channel. Levels that were chosen
+        for the site are kept, but for channels whose scale the bias widens.
     """
     weight = site.weight
     channels = weight.shape[0]
     flat = weight.reshape(channels, -1).astype(np.float64)
     bias = np.zeros(channels) if site.bias is None else site.bias
-    qparams = QParams(
-        scale=_weight_scale(flat, bias, float(data.scale), site.layer),
-        zero_point=np.zeros(channels, np.int32),
-        type=INT8,
-        granularity=PerAxis(axis=0),
-    )
-    return quantize(weight, qparams), qparams
-
-
-def _weight_scale(flat: np.ndarray, bias: np.ndarray, data_scale: float, layer: str) -> np.ndarray:
-    """Return float32 ``[K]``: the symmetric scale, widened where the bias needs it.
-
-    A channel without weights has no scale of its own: the bias alone decides (1 without a bias).
-    """
     chosen = choose_qparams(
         flat.min(1),
         flat.max(1),
         type=INT8,
         symmetric=True,
         granularity=PerAxis(axis=0),
-        layer=layer,
-    ).scale
+        layer=site.layer,
+    )
+    qparams = replace(chosen, scale=_widened(chosen.scale, flat, bias, float(data.scale)))
+    levels = quantize(weight, qparams)
+    if site.rounded is not None:
+        same = (qparams.scale == chosen.scale).reshape(-1, *[1] * (weight.ndim - 1))
+        levels = np.where(same, site.rounded, levels)
+    return levels, qparams
+
+
+def _widened(
+    chosen: np.ndarray, flat: np.ndarray, bias: np.ndarray, data_scale: float
+) -> np.ndarray:
+    """Return float32 ``[K]``: the weights' own scale, widened where the bias needs it.
+
+    A channel without weights has no scale of its own: the bias alone decides (1 without a bias).
+    """
     needed = np.abs(bias) / (data_scale * BIAS_STEPS)
     empty = ~flat.any(1) & (needed > 0)
     scale = np.where(empty, needed, np.maximum(chosen, needed)).astype(np.float32)

@@ -9,22 +9,23 @@ Numerics: each quantized tensor is off by at most half a step of its scale, as d
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import tvm
 from tvm import relax
 
-from hone.errors import ModelError, UsageError
-from hone.passes.graph.dataflow import Dataflow, layer_of
+from hone.errors import ModelError
+from hone.passes.graph.dataflow import Dataflow
 
 from .bias_correction import InputMeans, correct_bias
 from .integer_layer import IntegerLayer, quantize_layer
 from .integer_writer import IntegerWriter
+from .keep_float import check_layers
 from .observer import Range
 from .qparams import UINT8, QParams, choose_qparams
-from .site import WEIGHTED, Kind, Skipped, Survey
+from .site import WEIGHTED, Kind, Site, Skipped, Survey
 from .survey import survey
 
 
@@ -60,6 +61,25 @@ class QuantizedLayer:
     qparams: QParams | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedRead:
+    """A tensor that an integer operator will read as levels.
+
+    Parameters
+    ----------
+    reader : str
+        Name of the binding that reads it in the float module.
+    tensor : str
+        Name of the tensor.
+    qparams : QParams
+        What its levels mean.
+    """
+
+    reader: str
+    tensor: str
+    qparams: QParams
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
     """A module in integers, and what was and was not quantized.
@@ -81,6 +101,11 @@ class Quantization:
     skipped: tuple[Skipped, ...]
     conversions: tuple[str, ...]
 
+    @property
+    def merged(self) -> dict[str, str]:
+        """Binding name of each layer that is computed → that of the operator which does."""
+        return {layer: each.layer for each in self.quantized for layer in each.layers}
+
 
 def observed_tensors(module: tvm.IRModule, *, keep_float: Collection[str] = ()) -> tuple[str, ...]:
     """Return the names of the tensors whose ranges `quantize_int8` needs, in graph order.
@@ -99,7 +124,7 @@ def observed_tensors(module: tvm.IRModule, *, keep_float: Collection[str] = ()) 
     UsageError
         A name of ``keep_float`` is no layer.
     """
-    _check_layers(module["main"], keep_float)
+    check_layers(module["main"], keep_float)
     names = [str(var.name) for var in survey(module["main"], keep_float=keep_float).wanted]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
@@ -117,13 +142,45 @@ def weighted_inputs(
     module, ranges, keep_float
         As for `quantize_int8`.
     """
+    sites = weighted_sites(module, ranges, keep_float=keep_float)
+    return {str(site.inputs[0].name): data for site, data in sites}
+
+
+def weighted_sites(
+    module: tvm.IRModule, ranges: Mapping[str, Range], *, keep_float: Collection[str] = ()
+) -> tuple[tuple[Site, QParams], ...]:
+    """Return every convolution and matrix product with the levels of its input.
+
+    Parameters
+    ----------
+    module, ranges, keep_float
+        As for `quantize_int8`.
+    """
     found = survey(module["main"], keep_float=keep_float)
     levels = _choose_levels(module["main"], found, ranges)
-    return {
-        str(site.inputs[0].name): levels[site.inputs[0]]
+    return tuple((site, levels[site.inputs[0]]) for site in found.sites if site.kind in WEIGHTED)
+
+
+def quantized_reads(
+    module: tvm.IRModule, ranges: Mapping[str, Range], *, keep_float: Collection[str] = ()
+) -> tuple[QuantizedRead, ...]:
+    """Return which float operator will read which tensor as levels.
+
+    Parameters
+    ----------
+    module, ranges, keep_float
+        As for `quantize_int8`.
+    """
+    graph = Dataflow(module["main"])
+    found = survey(module["main"], keep_float=keep_float)
+    levels = _choose_levels(module["main"], found, ranges)
+    return tuple(
+        QuantizedRead(reader=str(var.name), tensor=str(x.name), qparams=levels[x])
         for site in found.sites
-        if site.kind in WEIGHTED
-    }
+        for x in site.inputs
+        for var in site.chain
+        if any(x.same_as(argument) for argument in graph.definition[var].args)
+    )
 
 
 def quantize_int8(
@@ -132,6 +189,7 @@ def quantize_int8(
     *,
     keep_float: Collection[str] = (),
     means: Mapping[str, InputMeans] | None = None,
+    rounded: Mapping[str, np.ndarray] | None = None,
 ) -> Quantization:
     """Quantize a module and report what was done.
 
@@ -145,6 +203,9 @@ def quantize_int8(
         Binding names of layers that must stay in float.
     means : mapping of str to InputMeans, optional
         For every name of `weighted_inputs`: corrects biases, see `bias_correction`.
+    rounded : mapping of str to ndarray, optional
+        Layer of a `Site` → int8 levels of its weights, see `adaptive_rounding`; the other layers'
+        weights are rounded to nearest.
 
     Raises
     ------
@@ -169,6 +230,8 @@ def quantize_int8(
         reasons: dict[str, str] = {}
         for site in found.sites:
             inputs = tuple(qparams[x] for x in site.inputs)
+            if rounded is not None and site.kind in WEIGHTED:
+                site = replace(site, rounded=rounded.get(site.layer))
             if means is not None and site.kind in WEIGHTED:
                 site = correct_bias(site, inputs[0], means[str(site.inputs[0].name)])
             layer = quantize_layer(site, inputs, qparams[site.output] if site.levels else None)
@@ -225,16 +288,6 @@ class QuantizeInt8:
     ) -> tvm.IRModule:
         """Return the module in integers."""
         return quantize_int8(module, self._ranges, keep_float=self._keep_float).module
-
-
-def _check_layers(function: relax.Function, names: Collection[str]) -> None:
-    known = {layer_of(binding.var) for binding in Dataflow(function).bindings}
-    problems = []
-    for name in sorted(set(names) - known):
-        near = difflib.get_close_matches(name, known, n=1)
-        problems.append(f"{name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-    if problems:
-        raise UsageError("no such layer to keep in float: " + "; ".join(problems))
 
 
 def _choose_levels(

@@ -52,6 +52,8 @@ class Site:
         How many bindings of the chain stand before the activation.
     levels : bool
         Whether the result is levels; else it is the real value of the int32 sum.
+    rounded : numpy.ndarray or None
+        int8 levels chosen for the weights, in their shape; to nearest where there are none.
     """
 
     kind: Kind
@@ -65,6 +67,7 @@ class Site:
     high: float = math.inf
     linear: int = 1
     levels: bool = True
+    rounded: np.ndarray | None = None
 
     @property
     def output(self) -> relax.Var:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from tvm import s_tir
-from tvm.s_tir.schedule import SBlockRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from .blocks import (
     MIN_PARALLEL_MULTIPLY_ADDS,
@@ -27,11 +27,34 @@ from .blocks import (
     start_sums,
     vector_length,
 )
-from .machine import Machine, choose_pixels, choose_tasks, prefetch_distance
+from .machine import (
+    Machine,
+    choose_pixels,
+    choose_tasks,
+    divisors,
+    prefetch_distance,
+    unroll_depth,
+)
 
 # Below this many input channels the channel loop is unrolled too: the loop would cost more
 # than its body (the first convolution of an image network).
 UNROLLED_DEPTH = 4
+# Parts that tuning may cut the rows of one product of two activations into.
+MOST_PARTS = 8
+
+
+def split_sum(
+    schedule: s_tir.Schedule, machine: Machine, loop: LoopRV, depth: int, *, whole: bool = False
+) -> tuple[LoopRV, tuple[LoopRV, ...]]:
+    """Return a loop over ``depth`` summed channels, and the steps of one turn to be unrolled.
+
+    No steps where one turn is one channel, or ``whole``: the loop itself will be unrolled.
+    """
+    count = 1 if whole else unroll_depth(machine, depth)
+    if count == 1:
+        return loop, ()
+    outer, inner = schedule.split(loop, [None, count])
+    return outer, (inner,)
 
 
 def schedule_conv2d(
@@ -89,9 +112,10 @@ def schedule_conv2d(
     k_part, k_block = schedule.split(k_outer, [channel_parts, None])
     # Each thread gets one contiguous range of tasks, so the order of tasks is the partition.
     order = (n, k_part, h_part) if weight_bytes > input_bytes else (n, h_part, k_part)
-    schedule.reorder(
-        *order, k_block, h_block, w_outer, r, _s, c, h_inner, w_inner, k_vector, k_lane
-    )
+    # Either a tile of weights stays in L1 while rows pass, or a row while tiles of weights do.
+    inside = machine.pick("inner", {"rows": (k_block, h_block), "weights": (h_block, k_block)})
+    c, steps = split_sum(schedule, machine, c, depth, whole=depth <= UNROLLED_DEPTH)
+    schedule.reorder(*order, *inside, w_outer, r, _s, c, *steps, h_inner, w_inner, k_vector, k_lane)
     tasks = schedule.fuse(*order)
     schedule.reverse_compute_at(output, w_outer, preserve_unit_loops=True)
     if padding is not None:
@@ -103,7 +127,7 @@ def schedule_conv2d(
     work = batch * height * width * channels * taps_h * taps_w * depth
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     schedule.vectorize(k_lane)
-    for loop in (h_inner, w_inner, k_vector):
+    for loop in (*steps, h_inner, w_inner, k_vector):
         schedule.unroll(loop)
     if depth <= UNROLLED_DEPTH:
         schedule.unroll(c)
@@ -148,13 +172,15 @@ def schedule_dense(
     m_part, m_block = schedule.split(m_outer, [row_parts, None])
     k_part, k_block = schedule.split(k_outer, [channel_parts, None])
     order = (k_part, m_part) if weight_bytes > input_bytes else (m_part, k_part)
-    schedule.reorder(*outer, *order, k_block, m_block, c, m_inner, k_vector, k_lane)
+    inside = machine.pick("inner", {"rows": (k_block, m_block), "weights": (m_block, k_block)})
+    c, steps = split_sum(schedule, machine, c, depth)
+    schedule.reorder(*outer, *order, *inside, c, *steps, m_inner, k_vector, k_lane)
     tasks = schedule.fuse(*outer, *order)
-    schedule.reverse_compute_at(output, m_block, preserve_unit_loops=True)
+    schedule.reverse_compute_at(output, inside[1], preserve_unit_loops=True)
     work = math.prod(batch) * rows * channels * depth
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     schedule.vectorize(k_lane)
-    for loop in (m_inner, k_vector):
+    for loop in (*steps, m_inner, k_vector):
         schedule.unroll(loop)
     prefetch_ahead(
         schedule,
@@ -182,7 +208,8 @@ def schedule_batch_matmul(
     *batch, rows, channels, depth = extents(schedule, anchor)
     lanes = vector_length(channels, machine.lanes)
     most = max(machine.accumulators // 4, 1)
-    vectors = max(v for v in range(1, most + 1) if (channels // lanes) % v == 0)
+    fitting = [v for v in range(most, 0, -1) if (channels // lanes) % v == 0]
+    vectors = machine.pick("vectors", {str(v): v for v in fitting})
     _, tile_rows = choose_pixels(
         machine, height=1, width=rows, channels=channels, depth=depth, taps=1, vectors=vectors
     )
@@ -192,16 +219,20 @@ def schedule_batch_matmul(
     parts = 1
     if math.prod(batch) % machine.threads:
         parts = math.gcd(rows // tile_rows, machine.threads)
+    others = [d for d in divisors(rows // tile_rows) if d <= MOST_PARTS]
+    parts = machine.pick("parts", {str(d): d for d in dict.fromkeys((parts, *others))})
     m_part, m_block = schedule.split(m_outer, [parts, None])
-    schedule.reorder(*outer, m_part, k_outer, m_block, c, m_inner, k_vector, k_lane)
+    c, steps = split_sum(schedule, machine, c, depth)
+    inside = machine.pick("inner", {"rows": (k_outer, m_block), "weights": (m_block, k_outer)})
+    schedule.reorder(*outer, m_part, *inside, c, *steps, m_inner, k_vector, k_lane)
     tasks = schedule.fuse(*outer, m_part)
-    schedule.reverse_compute_at(output, m_block, preserve_unit_loops=True)
+    schedule.reverse_compute_at(output, inside[1], preserve_unit_loops=True)
     if padding is not None:
         schedule.compute_at(padding, tasks, preserve_unit_loops=True)
     work = math.prod(batch) * rows * channels * depth
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     schedule.vectorize(k_lane)
-    for loop in (m_inner, k_vector):
+    for loop in (*steps, m_inner, k_vector):
         schedule.unroll(loop)
     start_sums(schedule, anchor, c, outer_loops=3)
     finish_output(schedule, output, outer_loops=3, lanes=machine.lanes)

@@ -32,7 +32,8 @@ from .machine import (
     Tile,
     choose_pixels,
     choose_tasks,
-    choose_tile,
+    pick_tile,
+    ranked_tiles,
 )
 
 # Up to this many groups their loop is unrolled; beyond, LLVM moves loads so far ahead that sums are
@@ -60,11 +61,17 @@ def _most_sums(machine: Machine, vectors: int) -> int:
 
 def choose_dot_tile(machine: Machine, **shape: int) -> Tile:
     """Choose the register tile as `choose_tile` does, within the registers of integer sums."""
+    fitting: tuple[Tile, ...] = (Tile(rows=1, columns=1, vectors=1),)
     for most in range(machine.accumulators, 0, -1):
-        tile = choose_tile(replace(machine, accumulators=most), **shape)
-        if tile.rows * tile.columns * tile.vectors <= _most_sums(machine, tile.vectors):
-            return tile
-    return Tile(rows=1, columns=1, vectors=1)
+        tiles = ranked_tiles(replace(machine.plain, accumulators=most), **shape)
+        if _fits(machine, tiles[0]):
+            fitting = tuple(tile for tile in tiles if _fits(machine, tile))
+            break
+    return pick_tile(machine, fitting, **shape)
+
+
+def _fits(machine: Machine, tile: Tile) -> bool:
+    return tile.rows * tile.columns * tile.vectors <= _most_sums(machine, tile.vectors)
 
 
 def _choose_pixels(machine: Machine, *, vectors: int, **shape: int) -> tuple[int, int]:
@@ -150,8 +157,9 @@ def schedule_dot_conv2d(
     h_part, h_block = schedule.split(h_outer, [row_parts, None])
     k_part, k_block = schedule.split(k_outer, [channel_parts, None])
     order = (n, k_part, h_part) if weight_bytes > input_bytes else (n, h_part, k_part)
+    inside = machine.pick("inner", {"rows": (k_block, h_block), "weights": (h_block, k_block)})
     schedule.reorder(
-        *order, k_block, h_block, w_outer, r, s, group, h_inner, w_inner, k_vector, k_lane, byte
+        *order, *inside, w_outer, r, s, group, h_inner, w_inner, k_vector, k_lane, byte
     )
     tasks = schedule.fuse(*order)
     schedule.reverse_compute_at(output, w_outer, preserve_unit_loops=True)
@@ -208,9 +216,10 @@ def schedule_dot_dense(
     m_part, m_block = schedule.split(m_outer, [row_parts, None])
     k_part, k_block = schedule.split(k_outer, [channel_parts, None])
     order = (k_part, m_part) if weight_bytes > input_bytes else (m_part, k_part)
-    schedule.reorder(*order, k_block, m_block, group, m_inner, k_vector, k_lane, byte)
+    inside = machine.pick("inner", {"rows": (k_block, m_block), "weights": (m_block, k_block)})
+    schedule.reorder(*order, *inside, group, m_inner, k_vector, k_lane, byte)
     tasks = schedule.fuse(*order)
-    schedule.reverse_compute_at(output, m_block, preserve_unit_loops=True)
+    schedule.reverse_compute_at(output, inside[1], preserve_unit_loops=True)
     if padding is not None:
         _copy_padding(schedule, machine, padding, tasks)
     work = rows * channels * groups

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from typing import Any, TypeVar
 
+from hone.targets.half_dot import HalfDot, half_dot_of
 from hone.targets.integer_dot import IntegerDot, integer_dot_of
 from hone.targets.target import Target
 
@@ -17,6 +20,12 @@ FMA_LATENCY = 4
 FMA_PER_CYCLE = 2
 # Sustained bytes per cycle from L2 into registers on the cores measured so far.
 L2_BYTES_PER_CYCLE = 24
+# Register tiles and partitions that tuning may take: what the model ranks further behind was never
+# the best one on the machines measured so far.
+MOST_OPTIONS = 8
+UNROLLED_STEPS = (1, 2, 4)
+
+Option = TypeVar("Option")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +44,12 @@ class Machine:
         Threads that share a kernel.
     integer_dot : IntegerDot or None
         The instruction that sums products of bytes.
-    pixel_rank, task_rank : int
-        Which of the register tiles, and of the partitions into tasks, is taken: 0 is the best by
-        the model, 1 the next one. Tuning measures them in this order.
+    half_dot : HalfDot or None
+        The instruction that sums pairs of bfloat16 products.
+    decided : tuple of (str, str)
+        Choices that were measured: the option to take at a point, see `pick`.
+    asked : dict, optional
+        Notes the names of the options at every point, for tuning.
     """
 
     lanes: int
@@ -46,8 +58,9 @@ class Machine:
     l2_bytes: int
     threads: int
     integer_dot: IntegerDot | None = None
-    pixel_rank: int = 0
-    task_rank: int = 0
+    half_dot: HalfDot | None = None
+    decided: tuple[tuple[str, str], ...] = ()
+    asked: dict[str, tuple[str, ...]] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, target: Target, threads: int) -> Machine:
@@ -59,7 +72,35 @@ class Machine:
             l2_bytes=target.l2_bytes,
             threads=threads,
             integer_dot=integer_dot_of(target),
+            half_dot=half_dot_of(target),
         )
+
+    def pick(self, point: str, options: Mapping[str, Option]) -> Option:
+        """Take one of several options: the decided one, else the first.
+
+        Parameters
+        ----------
+        point : str
+            Names what is chosen, such as ``pixels``.
+        options : mapping of str to option
+            By name, the best by the model first. A decided option that is not among them is
+            ignored: it was measured before the template changed.
+        """
+        if self.asked is not None:
+            self.asked[point] = tuple(options)
+        name = dict(self.decided).get(point, "")
+        return options[name if name in options else next(iter(options))]
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the machine is, without decisions, as JSON-able arguments of its class."""
+        facts = asdict(self.plain)
+        del facts["decided"], facts["asked"]
+        return facts
+
+    @property
+    def plain(self) -> Machine:
+        """The same machine with nothing decided and nobody listening, for cached models."""
+        return replace(self, decided=(), asked=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +134,6 @@ def _cycles(machine: Machine, tile: Tile, *, weight_vectors_from_l2: bool) -> fl
     return max(multiply_adds / FMA_PER_CYCLE, loads / 2, FMA_LATENCY, stream) + 0.5
 
 
-@cache
 def choose_tile(
     machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int
 ) -> Tile:
@@ -122,8 +162,36 @@ def choose_tile(
     Tile
         ``columns`` need not divide ``width``: the caller rounds the width up.
     """
-    best: tuple[float, int] | None = None
-    chosen = Tile(rows=1, columns=1, vectors=1)
+    tiles = ranked_tiles(
+        machine.plain, height=height, width=width, channels=channels, depth=depth, taps=taps
+    )
+    return pick_tile(
+        machine, tiles, height=height, width=width, channels=channels, depth=depth, taps=taps
+    )
+
+
+def pick_tile(
+    machine: Machine,
+    tiles: tuple[Tile, ...],
+    *,
+    height: int,
+    width: int,
+    channels: int,
+    depth: int,
+    taps: int,
+) -> Tile:
+    """Take one of several tiles of a layer; the point is named after the layer's geometry."""
+    point = f"pack {height}x{width}x{depth}x{taps} to {channels}"
+    names = [f"{tile.rows}x{tile.columns}x{tile.vectors}" for tile in tiles]
+    return machine.pick(point, dict(zip(names, tiles, strict=True)))
+
+
+@cache
+def ranked_tiles(
+    machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int
+) -> tuple[Tile, ...]:
+    """Return the best register tile of each number of vectors, best first; see `choose_tile`."""
+    ranked: list[tuple[float, int, Tile]] = []
     for vectors in range(1, 9):
         tiles = -(-channels // (machine.lanes * vectors))
         weight_bytes = vectors * machine.lanes * 4 * depth * taps
@@ -131,6 +199,8 @@ def choose_tile(
             continue
         if vectors > 1 and machine.lanes * (vectors - 1) >= channels:
             continue
+        best: tuple[float, int] | None = None
+        chosen = Tile(rows=1, columns=1, vectors=vectors)
         from_l2 = weight_bytes > machine.l1_bytes // 2
         for columns in range(1, min(width, machine.accumulators) + 1):
             across = -(-width // columns)
@@ -146,10 +216,12 @@ def choose_tile(
                 cost = steps * (cycles * depth * taps + sums) * ragged
                 if best is None or (cost, -sums) < best:
                     best, chosen = (cost, -sums), tile
-    return chosen
+        if best is not None:
+            ranked.append((*best, chosen))
+    ranked.sort(key=lambda row: row[:2])
+    return tuple(tile for *_, tile in ranked) or (Tile(rows=1, columns=1, vectors=1),)
 
 
-@cache
 def choose_pixels(
     machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int, vectors: int
 ) -> tuple[int, int]:
@@ -157,6 +229,18 @@ def choose_pixels(
 
     Both divide the (rounded) output image. See `choose_tile` for the model.
     """
+    ranked = _ranked_pixels(
+        machine.plain, height=height, width=width, depth=depth, taps=taps, vectors=vectors
+    )
+    return machine.pick(
+        "pixels", {f"{rows}x{columns}": (rows, columns) for rows, columns in ranked}
+    )
+
+
+@cache
+def _ranked_pixels(
+    machine: Machine, *, height: int, width: int, depth: int, taps: int, vectors: int
+) -> tuple[tuple[int, int], ...]:
     ranked: list[tuple[float, int, int]] = []
     for columns in divisors(width):
         for rows in divisors(height):
@@ -167,13 +251,9 @@ def choose_pixels(
             cycles = _cycles(machine, tile, weight_vectors_from_l2=False)
             cost = (height // rows) * (width // columns) * (cycles * depth * taps + sums)
             ranked.append((cost, columns, rows))
-    if not ranked:
-        return 1, 1
-    _, columns, rows = sorted(ranked)[min(machine.pixel_rank, len(ranked) - 1)]
-    return rows, columns
+    return tuple((rows, columns) for _, columns, rows in sorted(ranked)[:MOST_OPTIONS]) or ((1, 1),)
 
 
-@cache
 def choose_tasks(
     machine: Machine,
     *,
@@ -204,18 +284,23 @@ def choose_tasks(
         channels_first=weight_bytes > input_bytes,
         most_rows=machine.l2_bytes // 8 // max(row_bytes, 1),
     )
-    if machine.task_rank == 0:
-        return best
     others = sorted(
         (weight_bytes * rows + input_bytes * channels, rows * channels, rows, channels)
         for rows in divisors(row_tiles)
         for channels in divisors(channel_tiles)
         if (batch * rows * channels) % machine.threads == 0 and (rows, channels) != best
     )
-    if not others:
-        return best
-    *_, rows, channels = others[min(machine.task_rank, len(others)) - 1]
-    return rows, channels
+    ranked = [best, *((rows, channels) for *_, rows, channels in others)]
+    return machine.pick("tasks", {f"{r}x{c}": (r, c) for r, c in ranked[:MOST_OPTIONS]})
+
+
+def unroll_depth(machine: Machine, depth: int) -> int:
+    """Choose how many steps of the sum one turn of its innermost loop takes; divides the depth.
+
+    LLVM does not unroll the loop by itself; whether fewer branches pay for the longer body is left
+    to the clock.
+    """
+    return machine.pick("unroll", {str(f): f for f in UNROLLED_STEPS if depth % f == 0})
 
 
 def _first_tasks(
@@ -282,7 +367,6 @@ def prefetch_distance(machine: Machine, *, rows: int, weight_bytes: int) -> int:
 LARGE_TILE_GAIN = 1.1
 
 
-@cache
 def choose_winograd(
     machine: Machine, *, batch: int, height: int, width: int, channels: int, depth: int
 ) -> int:
@@ -322,4 +406,6 @@ def choose_winograd(
             tiles * points * rounded * depth, points, tiles * vectors * points * TRANSFORM_STEPS
         )
     costs[4] *= LARGE_TILE_GAIN
-    return min(costs, key=lambda m: costs[m])
+    point = f"winograd {batch}x{height}x{width}x{depth} to {channels}"
+    ranked = sorted(costs, key=lambda m: costs[m])
+    return machine.pick(point, {f"{m}x{m}" if m else "direct": m for m in ranked})

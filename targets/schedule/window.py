@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import tvm
 from tvm import s_tir
 from tvm.s_tir.schedule import SBlockRV
@@ -16,7 +18,7 @@ from .blocks import (
     start_sums,
     vector_length,
 )
-from .machine import Machine, divisors
+from .machine import MOST_OPTIONS, Machine, divisors
 
 # Output columns of one register tile: enough to hide the latency of a sum, few enough that the
 # unrolled window stays small (measured on 112x112 depthwise layers).
@@ -48,7 +50,7 @@ def schedule_window(
     vector = machine.lanes * 4 // itemsize
     lanes = vector_length(channels, vector)
     tiles = sorted((d for d in divisors(width) if d <= MAX_COLUMNS), reverse=True)
-    columns = tiles[min(machine.pixel_rank, len(tiles) - 1)]
+    columns = machine.pick("pixels", {f"1x{d}": d for d in tiles})
     w_outer, w_inner = schedule.split(w, [None, columns])
     c_outer, c_lane = schedule.split(c, [None, lanes])
     in_height, in_width = read_shape(schedule, anchor, 0)[1:3]
@@ -56,16 +58,19 @@ def schedule_window(
     share = 1
     if height % machine.threads == 0 and in_height * in_width > SMALL_IMAGE:
         share = machine.threads
+    shared = [d for d in divisors(height) if d % share == 0]
     parts = next(
         (
             d
-            for d in divisors(height)
-            if d % share == 0
-            and ((height // d - 1) * stride + taps_h) * in_width * lanes * itemsize
+            for d in shared
+            if ((height // d - 1) * stride + taps_h) * in_width * lanes * itemsize
             <= machine.l1_bytes * 3 // 2
         ),
         height,
     )
+    # Tuning tries the numbers of rows next to that one.
+    near = sorted(shared, key=lambda d: abs(math.log(d / parts)))[:MOST_OPTIONS]
+    parts = machine.pick("parts", {str(d): d for d in dict.fromkeys((parts, *near))})
     h_part, h_block = schedule.split(h, [parts, None])
     schedule.reorder(n, h_part, c_outer, h_block, w_outer, r, s, w_inner, c_lane)
     tasks = schedule.fuse(n, h_part, c_outer)

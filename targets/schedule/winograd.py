@@ -27,6 +27,7 @@ from .blocks import (
     start_sums,
     vector_length,
 )
+from .contraction import split_sum
 from .machine import Machine, choose_pixels, divisors, prefetch_distance
 
 
@@ -59,7 +60,11 @@ def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
     work = cycles(schedule, columns, machine.lanes)
     schedule.compute_at(columns, k_outer, preserve_unit_loops=True)
     across = int(schedule.get(w_outer).extent)
-    if _fits_by_rows(schedule, machine, across):
+    ways = {"loops": False}
+    if _has_whole_rows(schedule, across):
+        fits = _fits_by_rows(schedule, machine, across)
+        ways = {"rows": True, "loops": False} if fits else {"loops": False, "rows": True}
+    if machine.pick("way", ways):
         task = schedule.fuse(n, h_outer)
         _schedule_row(schedule, machine, task, across)
     else:
@@ -75,14 +80,20 @@ def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
     schedule.vectorize(k_lane)
 
 
+def _has_whole_rows(schedule: s_tir.Schedule, across: int) -> bool:
+    """Say whether the tiles were not rounded up to more than the rows of the image."""
+    _, _, tiles, _, _ = extents(schedule, schedule.get_sblock("wino_acc"))
+    return tiles % across == 0
+
+
 def _fits_by_rows(schedule: s_tir.Schedule, machine: Machine, across: int) -> bool:
-    """Say whether whole register tiles make up a row, and the weights fit a core's L2."""
+    """Say whether register tiles are full in a row, and the weights fit a core's L2."""
     sums = schedule.get_sblock("wino_acc")
-    _, _, tiles, channels, depth = extents(schedule, sums)
+    _, _, _, channels, depth = extents(schedule, sums)
     weight = read_shape(schedule, sums, 1)
     rows = _tile_rows(machine, across, channels, depth, weight[-1])
     enough = rows * (weight[-1] // machine.lanes) * 2 >= machine.accumulators
-    return tiles % across == 0 and enough and math.prod(weight) * 4 <= machine.l2_bytes
+    return enough and math.prod(weight) * 4 <= machine.l2_bytes
 
 
 def _tile_rows(machine: Machine, tiles: int, channels: int, depth: int, pack: int) -> int:
@@ -110,8 +121,9 @@ def _schedule_row(schedule: s_tir.Schedule, machine: Machine, task: LoopRV, acro
     outer_loops = len(schedule.get_loops(sums)) - 5
     *_, p_sum, k_sum, c = schedule.get_loops(sums)
     chain, lane = schedule.split(k_sum, [None, lanes])
-    schedule.reorder(c, p_sum, chain, lane)
-    for loop in (p_sum, chain, p_inner, k_vector):
+    c, steps = split_sum(schedule, machine, c, depth)
+    schedule.reorder(c, *steps, p_sum, chain, lane)
+    for loop in (*steps, p_sum, chain, p_inner, k_vector):
         schedule.unroll(loop)
     schedule.vectorize(lane)
     schedule.vectorize(k_lane)
@@ -158,16 +170,20 @@ def _schedule_products(schedule: s_tir.Schedule, machine: Machine) -> None:
     p_outer, p_inner = schedule.split(p, [None, rows])
     k_outer, k_vector, k_lane = schedule.split(k, [None, vectors, lanes])
     by_points = math.prod(weight) > side * side * tiles * depth
+    split = {"points": True, "tiles": False} if by_points else {"tiles": False, "points": True}
+    by_points = machine.pick("split", split)
     parts = 1
     if not by_points:
         groups = tiles // rows
         parts = next((d for d in divisors(groups) if d % machine.threads == 0), 1)
     p_part, p_block = schedule.split(p_outer, [parts, None])
+    c, steps = split_sum(schedule, machine, c, depth)
+    body = (c, *steps, p_inner, k_vector, k_lane)
     if parts > 1:
-        schedule.reorder(p_part, x, y, k_outer, p_block, c, p_inner, k_vector, k_lane)
+        schedule.reorder(p_part, x, y, k_outer, p_block, *body)
         tasks = p_part
     else:
-        schedule.reorder(x, y, k_outer, p_part, p_block, c, p_inner, k_vector, k_lane)
+        schedule.reorder(x, y, k_outer, p_part, p_block, *body)
         tasks = schedule.fuse(x, y, k_outer)
     schedule.reverse_compute_at(stored, p_block, preserve_unit_loops=True)
     work = side * side * tiles * channels * depth
@@ -176,7 +192,7 @@ def _schedule_products(schedule: s_tir.Schedule, machine: Machine) -> None:
     distance = prefetch_distance(machine, rows=tiles, weight_bytes=math.prod(weight) * 4)
     prefetch_ahead(schedule, c, distance)
     schedule.vectorize(k_lane)
-    for loop in (p_inner, k_vector):
+    for loop in (*steps, p_inner, k_vector):
         schedule.unroll(loop)
     start_sums(schedule, sums, c, outer_loops=outer_loops)
     copied = schedule.get_loops(stored)[outer_loops:]

@@ -442,14 +442,15 @@ YES, NO = Verdict.CONFIRMED, Verdict.REJECTED
 @pytest.mark.parametrize(
     ("verdicts", "untuned_s", "chosen", "tried"),
     [
-        ({}, None, A, [A, B]),
-        ({}, 4.0, A, [A, B]),
-        ({}, 1.01, None, []),
-        ({"a": NO}, 4.0, None, []),
-        ({"a": NO, "c": YES}, 4.0, C, [C, B]),
-        ({"c": YES}, 4.0, A, [A, C]),
-        ({"b": YES, "c": YES}, 1.01, B, [B]),
-        ({"a": YES, "b": NO}, 9.0, A, [A, C]),
+        ({}, None, A, [A, B, C, D]),
+        ({}, 3.0, A, [A, B, C]),
+        ({}, 1.01, None, [A]),
+        ({}, 0.9, None, []),
+        ({"a": NO}, 4.0, None, [B, C, D]),
+        ({"a": NO, "c": YES}, 4.0, C, [C, B, D]),
+        ({"c": YES}, 4.0, A, [C, A, B, D]),
+        ({"b": YES, "c": YES}, 1.01, B, [A]),
+        ({"a": YES, "b": NO}, 9.0, A, [A, C, D]),
     ],
 )
 def test_the_record_to_use_and_those_to_try_follow_verdicts_before_times(

@@ -109,6 +109,7 @@ def propose(
     context = Context(
         target=resolve("host"),
         threads=1,
+        teacher=model,
         calibration=data or dataset(6),
         allow_random=allow_random,
         error_samples=error_samples,
@@ -122,6 +123,11 @@ OPTIONS = [
     {"observer": "percentile", "percentile": 95.0},
     {"equalize": "weights"},
     {"equalize": "activations"},
+    {"equalize": "activations", "alpha": 0.9},
+    {"rounding": "adaptive"},
+    {"rounding": "adaptive", "rounding_steps": 2},
+    {"recover": {"epochs": 4}},
+    {"recover": {"epochs": 4, "freeze": [0.5, 1.0]}},
     {"bias_correction": True},
     {"skip": ["last"]},
 ]

@@ -12,9 +12,11 @@ import tvm
 from tvm.script import tirx as T  # noqa: N812
 
 from hone.targets.target import resolve
-from hone.tuning.bench import Bench, Outcome
-from hone.tuning.builder import Job, WrongResultError, compare, make_arguments
+from hone.tuning.bench import REFERENCE, Bench, Outcome
+from hone.tuning.builder import Job, WrongResultError, build, compare, make_arguments
+from hone.tuning.sampling import Sampler, copies
 
+HOST = resolve("host").tvm_target(1)
 TARGET = json.dumps(resolve("host").llvm(1))
 
 
@@ -32,6 +34,16 @@ def triple(a: T.Buffer((6, 10), "float32"), b: T.Buffer((6, 10), "float32")) -> 
         with T.sblock("triple"):
             y, x = T.axis.remap("SS", [i, j])
             b[y, x] = a[y, x] * T.float32(3)
+
+
+@T.prim_func(s_tir=True)
+def slow(a: T.Buffer((6, 10), "float32"), b: T.Buffer((6, 10), "float32")) -> None:
+    for i, j, k in T.grid(6, 10, 20000):
+        with T.sblock("slow"):
+            y, x, z = T.axis.remap("SSR", [i, j, k])
+            with T.init():
+                b[y, x] = a[y, x] * T.float32(2)
+            b[y, x] = T.max(b[y, x], a[y, x] * T.float32(2) - T.sin(T.Cast("float32", z) + 2.0))
 
 
 @T.prim_func(s_tir=True)
@@ -63,7 +75,6 @@ def job(func: tvm.tirx.PrimFunc, **changes: object) -> Job:
         "module": tvm.ir.save_json(module),
         "target": TARGET,
         "arguments": ARGUMENTS,
-        "best_s": None,
         "reference": None,
     }
     return Job(**(facts | changes))
@@ -74,8 +85,11 @@ def bench() -> Bench:
     return Bench(workers=2, build_timeout_s=60, run_timeout_s=60)
 
 
-def measure(bench: Bench, jobs: Sequence[Job], seconds: float = 120) -> dict[int, Outcome]:
-    return {o.position: o for o in bench.measure(jobs, time.monotonic() + seconds)}
+def measure(
+    bench: Bench, jobs: Sequence[Job], seconds: float = 120, reference: Job | None = None
+) -> dict[int, Outcome]:
+    outcomes = bench.measure(jobs, time.monotonic() + seconds, reference=reference)
+    return {outcome.position: outcome for outcome in outcomes}
 
 
 def test_candidates_are_timed_and_a_bad_one_loses_only_itself(bench: Bench) -> None:
@@ -109,16 +123,55 @@ def test_candidates_have_no_outcome_when_the_deadline_has_passed(bench: Bench) -
 
 def test_a_candidate_that_computes_something_else_fails(bench: Bench, tmp_path: Path) -> None:
     reference = str(tmp_path / "right.npz")
-    assert measure(bench, [job(double, reference=reference, save_reference=True)])[0].seconds
-    outcomes = measure(bench, [job(double, reference=reference), job(triple, reference=reference)])
+    untuned = job(double, reference=reference, save_reference=True)
+    jobs = [job(double, reference=reference), job(triple, reference=reference)]
+    outcomes = measure(bench, jobs, reference=untuned)
     assert outcomes[0].reason == ""
     # Inputs are below 1, so the largest right result is just below 2.
     assert outcomes[1].reason.startswith("argument 1 differs by 0.9")
 
 
-def test_a_hopeless_candidate_is_timed_once(bench: Bench) -> None:
-    outcomes = measure(bench, [job(double, best_s=1e-12), job(double, best_s=1.0)])
-    assert [len(outcomes[i].seconds) for i in (0, 1)] == [1, 3]
+def test_times_are_ratios_to_the_untuned_kernel_of_the_same_round(bench: Bench) -> None:
+    outcomes = measure(bench, [job(double), job(slow)], reference=job(double))
+    assert sorted(outcomes) == [REFERENCE, 0, 1]
+    assert len(outcomes[0].ratios) == len(outcomes[0].seconds) == 3
+    assert outcomes[0].ratios == tuple(sorted(outcomes[0].ratios))
+    # Hopeless: its warm run says enough.
+    assert len(outcomes[1].ratios) == len(outcomes[1].seconds) == 1
+    assert outcomes[1].ratios[0] > 3
+
+
+def test_candidates_are_timed_alone_when_the_untuned_kernel_dies(
+    bench: Bench, tmp_path: Path
+) -> None:
+    reference = str(tmp_path / "right.npz")
+    outcomes = measure(
+        bench,
+        [job(double, reference=reference)],
+        reference=job(crash, reference=reference, save_reference=True),
+    )
+    assert outcomes[REFERENCE].reason == f"its process died ({signal.SIGABRT.name})"
+    assert outcomes[0].seconds
+    assert outcomes[0].ratios == ()
+
+
+def test_weights_are_copied_until_they_take_what_those_of_the_network_do() -> None:
+    assert copies(0, 1000) == copies(100, 0) == copies(1000, 10) == 1
+    assert copies(100, 1000) == 10
+    assert copies(100, 1001) == 11
+    assert copies(1, 1 << 30) == 16
+
+
+def test_a_sampler_runs_on_every_copy_of_the_weights_in_turn() -> None:
+    library = build(tvm.IRModule({"main": double.with_attr("global_symbol", "main")}), HOST)
+    arguments = make_arguments(ARGUMENTS)
+    sampler = Sampler(library, arguments, weights=[0], cold_bytes=700)
+    sets = sampler._sets
+    assert len(sets) == 3  # 240 bytes each
+    assert all(used[1] is arguments[1] for used in sets)
+    assert len({id(used[0]) for used in sets}) == 3
+    assert sampler.warm_up() > 0
+    assert 0 < sampler.sample() < 1
 
 
 def test_compare_accepts_rounding_and_refuses_more() -> None:

@@ -14,11 +14,12 @@ from hone.measure import SETTLE_S
 from hone.targets.schedule.cpu import ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import resolve
-from hone.tuning import whole_model as tune_model
+from hone.tuning import whole_model
 from hone.tuning.confirm import RECORD, UNTUNED, OutOfTime
 from hone.tuning.records import kernels, workload_module
+from hone.tuning.running import LEAST_ROUNDS, ROUNDS, RUNS, plan
 from hone.tuning.tasks import untuned_model
-from hone.tuning.whole_model import LEAST_ROUNDS, ROUNDS, RUNS, Candidates, RunningModel, plan
+from hone.tuning.whole_model import Candidates, RunningModel
 
 THREADS = 1
 TARGET = resolve("host").tvm_target(THREADS)
@@ -70,7 +71,7 @@ def candidates(module: tvm.IRModule) -> Candidates:
 def test_profile_gives_the_seconds_of_every_kernel_of_the_model(
     model: RunningModel, module: tvm.IRModule
 ) -> None:
-    found = model.profile(seconds=0.01)
+    found = model.profile()
     assert set(found) == set(kernels(module))
     assert all(0 <= seconds < 1 for seconds in found.values())
 
@@ -89,7 +90,7 @@ def test_a_replaced_kernel_runs_in_its_version_of_the_model_only(
         return func.with_body(tirx.SeqStmt([call, func.body]))
 
     tvm.register_global_func("hone.test.note", note, override=True)
-    monkeypatch.setattr(tune_model, "replay", noted)
+    monkeypatch.setattr(whole_model, "replay", noted)
     model.offer({"0": candidates(module)}, time.monotonic() + 60)
     assert calls == 0
     measured = model.kernels({"0": 0})["0"].quiet

@@ -43,12 +43,12 @@ def silent() -> Iterator[SimpleNamespace]:
 
 
 @pytest.mark.parametrize(
-    ("elapsed_s", "late"), [(10, False), (86, False), (87, True), (97, True), (99, False)]
+    ("elapsed_s", "late"), [(10, False), (81, False), (83, True), (97, True), (99, False)]
 )
 def test_a_search_is_late_when_it_eats_into_the_time_of_the_trial(
     session: Session, elapsed_s: float, late: bool
 ) -> None:
-    assert session.trial_s == 15.0
+    assert session.trial_s == 20.0
     assert session.is_late(session.started + elapsed_s) is late
     session.take({"kind": "searched"})
     assert not session.is_late(session.started + elapsed_s)

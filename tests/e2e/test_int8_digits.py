@@ -70,7 +70,8 @@ HELPERS = [
     {"observer": "percentile"},
     {"observer": "entropy"},
     {"observer": "mse", "bias_correction": True},
-    {"equalize": "activations"},
+    {"equalize": "activations", "rounding": "adaptive", "rounding_steps": 200},
+    {"recover": {"epochs": 4}},
 ]
 
 
@@ -82,7 +83,12 @@ def test_top1_drops_by_at_most_0_3_points_with_every_helper(
     model = load(FOLDER / "digits.onnx")
     calibration = load_data(str(FOLDER / "calibration.npz"), model.signature, limit=128)
     context = Context(
-        target=TARGET, threads=1, calibration=calibration, cache=tmp_path, error_samples=4
+        target=TARGET,
+        threads=1,
+        teacher=model,
+        calibration=calibration,
+        cache=tmp_path,
+        error_samples=4,
     )
     step = Int8Step.model_validate({"kind": "int8", **options})
     candidate = int8.propose(model, step, context)

@@ -25,6 +25,8 @@ class Network:
     name: str
     # Published counts, without running statistics and constants: torchvision 11 689 512,
     # 25 557 032 and 3 504 872; timm's vit_tiny_patch16_224 5 717 416; Keras' mnist_mlp 669 706.
+    # torchvision's efficientnet_b0 and shufflenet_v2_x1_0 have 5 288 548 and 2 278 604 with the
+    # scales that are folded here; ConvNeXt (without layer scales) and the U-Net were only counted.
     # BERT-mini: 4 layers of 789 760, as published, and a vocabulary of 8192.
     parameters: int
     inputs: dict[str, tuple[int, ...]]
@@ -83,6 +85,34 @@ NETWORKS = [
         inputs=IMAGE,
         output=LOGITS,
         layers={"LayerNormalization": 25, "Softmax": 12, "Erf": 12, "MatMul": 72, "Gemm": 1},
+    ),
+    Network(
+        name="shufflenetv2",
+        parameters=2_270_514,
+        inputs=IMAGE,
+        output=LOGITS,
+        layers={"Conv": 56, "Split": 13, "Concat": 16, "Gemm": 1},
+    ),
+    Network(
+        name="convnext-atto",
+        parameters=3_693_040,
+        inputs=IMAGE,
+        output=LOGITS,
+        layers={"Conv": 16, "LayerNormalization": 16, "Erf": 12, "MatMul": 24, "Gemm": 1},
+    ),
+    Network(
+        name="unet",
+        parameters=1_925_410,
+        inputs={"image": (1, 3, 160, 160)},
+        output=("mask", (1, 2, 160, 160)),
+        layers={"Conv": 15, "ConvTranspose": 3, "Concat": 3, "MaxPool": 3},
+    ),
+    Network(
+        name="efficientnet-b0",
+        parameters=5_267_540,
+        inputs=IMAGE,
+        output=LOGITS,
+        layers={"Conv": 81, "Sigmoid": 65, "Add": 9, "Gemm": 1},
     ),
 ]
 every_network = pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.name)
@@ -265,7 +295,8 @@ def test_build_names_the_nearest_when_the_name_is_unknown() -> None:
         models.build("ResNet-18")
     assert str(caught.value) == (
         "unknown reference model 'ResNet-18'; the names are mlp, digits-cnn, resnet18, resnet50, "
-        "mobilenetv2, bert-mini, vit-tiny\n  hint: did you mean 'resnet18'?"
+        "mobilenetv2, bert-mini, vit-tiny, shufflenetv2, convnext-atto, unet, efficientnet-b0\n"
+        "  hint: did you mean 'resnet18'?"
     )
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .section import StepSection
+from .recover import QuantizedRecover
+from .section import Count, Fraction, Seconds, StepSection
 
 
-class Int8Step(StepSection):
-    """Compute convolutions and matrix products in 8-bit integers."""
+class Int8Options(StepSection):
+    """How a step that writes layers in 8-bit integers calibrates, and which ones it leaves."""
 
     selector_key: ClassVar[str | None] = "skip"
 
-    kind: Literal["int8"]
     observer: Literal["minmax", "moving_average", "percentile", "entropy", "mse"] = Field(
         default="minmax", description="chooses the range of an activation from calibration data"
     )
@@ -28,6 +28,26 @@ class Int8Step(StepSection):
         description="scale channels between layers first, so that the ranges of weights on both "
         "sides are equal, or those of activations and the weights that read them",
     )
+    alpha: Fraction | None = Field(
+        default=None,
+        description='with equalize = "activations": how much of the difference between channels '
+        "moves from the activation to the weights that read it; 0.5 when absent",
+    )
+    rounding: Literal["nearest", "adaptive"] = Field(
+        default="nearest",
+        description="each weight goes to the nearest level, or to the one below or above, learned "
+        "from calibration data so that each layer's output changes least",
+    )
+    rounding_steps: Count | None = Field(
+        default=None,
+        description='optimizer steps of each layer, with rounding = "adaptive"; 1000 when absent',
+    )
+    rounding_seconds: Seconds | None = Field(
+        default=None, description="stops the learning of all layers' rounding earlier"
+    )
+    recover: QuantizedRecover | None = Field(
+        default=None, description="train weights by distillation while they are quantized"
+    )
     bias_correction: bool = Field(
         default=False, description="take the mean error of quantization out of each layer's bias"
     )
@@ -38,23 +58,43 @@ class Int8Step(StepSection):
     )
 
     @model_validator(mode="after")
-    def _percentile_has_an_effect(self) -> Int8Step:
+    def _percentile_has_an_effect(self) -> Self:
         if self.percentile is not None and self.observer != "percentile":
             raise ValueError(
                 f'percentile is for observer = "percentile", not for {self.observer!r}'
             )
         return self
 
+    @model_validator(mode="after")
+    def _helpers_have_an_effect(self) -> Self:
+        if self.alpha is not None and self.equalize != "activations":
+            raise ValueError('alpha is for equalize = "activations"')
+        timed = self.rounding_steps is not None or self.rounding_seconds is not None
+        if timed and self.rounding != "adaptive":
+            raise ValueError('rounding_steps and rounding_seconds are for rounding = "adaptive"')
+        if self.recover is not None and (self.rounding == "adaptive" or self.bias_correction):
+            raise ValueError(
+                "recover trains weights and biases for rounding to nearest: leave out "
+                "rounding and bias_correction"
+            )
+        return self
+
     @property
     def title(self) -> str:
         """The step's row in the report."""
-        text = "int8"
+        text = self.kind
         if self.observer != "minmax":
             text += f" {self.observer.replace('_', ' ')}"
         if self.percentile is not None:
             text += f" {self.percentile:g}"
         if self.equalize is not None:
             text += f" + equalize {self.equalize}"
+        if self.alpha is not None:
+            text += f" {self.alpha:g}"
+        if self.rounding == "adaptive":
+            text += " + adaptive rounding"
+        if self.recover is not None:
+            text += " + recover"
         if self.bias_correction:
             text += " + bias correction"
         return text
@@ -63,3 +103,9 @@ class Int8Step(StepSection):
     def needs_calibration(self) -> bool:
         """The ranges of activations come from calibration data."""
         return True
+
+
+class Int8Step(Int8Options):
+    """Compute convolutions and matrix products in 8-bit integers."""
+
+    kind: Literal["int8"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from .section import Count, Seconds, Section
+from .section import Count, Fraction, Seconds, Section
 
 
 class Recover(Section):
@@ -19,3 +20,40 @@ class Recover(Section):
     )
     batch: Count = 32
     seconds: Seconds | None = Field(default=None, description="stops earlier")
+
+
+class QuantizedRecover(Recover):
+    """``recover`` of a step that quantizes: the student computes with quantized weights."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    freeze: list[Fraction] = Field(
+        default=[],
+        description="put this fraction of each layer's weights on their levels for good, the "
+        "largest first, and train the others in float, step by step: rising, the last one 1; "
+        "without it all weights are trained on their levels",
+    )
+
+    @model_validator(mode="after")
+    def _freeze_ends_with_all(self) -> Self:
+        rising = all(a < b for a, b in pairwise(self.freeze))
+        if self.freeze and not (rising and self.freeze[0] > 0.0 and self.freeze[-1] == 1.0):
+            raise ValueError(
+                f"freeze needs rising fractions above 0 that end with 1, not {self.freeze}"
+            )
+        return self
+
+
+class WeightRecover(QuantizedRecover):
+    """``recover`` of a step that quantizes weights to a few bits."""
+
+    progressive: list[Annotated[int, Field(ge=2, le=8)]] = Field(
+        default=[],
+        description="train with each of these numbers of bits in turn: falling, the last one the "
+        "step's own",
+    )
+
+    @model_validator(mode="after")
+    def _one_way_only(self) -> Self:
+        if self.freeze and self.progressive:
+            raise ValueError("progressive and freeze are two ways to one end: give one of them")
+        return self

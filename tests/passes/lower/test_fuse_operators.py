@@ -6,7 +6,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from hone.passes.lower.fuse_operators import FuseOperators, kernel_layers
+from hone.passes.lower.fuse_operators import FuseOperators, call_layers, kernel_layers
 
 
 def branches() -> tvm.IRModule:
@@ -39,6 +39,12 @@ def test_layers_of_every_call_are_listed_when_equal_groups_share_a_function():
     assert shared == (
         "query@matmul", "query", "query_relu", "key@matmul", "key", "key_relu",
     )  # fmt: skip
+
+
+def test_calls_of_a_shared_function_are_told_apart():
+    table = call_layers(FuseOperators()(branches()))
+    shared = next(calls for calls in table.values() if len(calls) == 2)
+    assert shared == (("query@matmul", "query", "query_relu"), ("key@matmul", "key", "key_relu"))
 
 
 def test_no_layer_is_listed_twice_and_none_is_lost():

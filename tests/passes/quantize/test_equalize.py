@@ -243,3 +243,20 @@ def test_error_lists_tensors_without_a_range(chain) -> None:
     with pytest.raises(ModelError) as error:
         equalize(chain(), ranges(dw=WIDE["dw"]))
     assert str(error.value) == "calibration gave no range for some tensors\n  - conv1"
+
+
+def test_alpha_says_how_much_the_weights_take_over() -> None:
+    rng = np.random.default_rng(2)
+    first = rng.normal(size=(3, 1, 1, 3)).astype(np.float32)
+    second = np.full((2, 1, 1, 3), 0.5, np.float32)
+
+    def build(x: relax.Var, emit: Emit) -> relax.Expr:
+        a = emit(conv(x, first, padding=0), "conv1")
+        return conv(emit(relax.op.nn.relu(a), "relu1"), second, padding=0)
+
+    seen = ranges(conv1=[256.0, 1.0, 1.0])
+    for alpha, factor in ((0.0, 1.0), (0.25, 4.0), (0.5, 16.0), (1.0, 256.0)):
+        result = equalize(network(build), seen, by=By.ACTIVATIONS, alpha=alpha)
+        np.testing.assert_array_equal(
+            constants(result.module, "y")[0, 0, 0], np.float32([0.5 * factor, 0.5, 0.5])
+        )

@@ -84,30 +84,52 @@ def test_convolution_stays_direct_when_weights_are_read_for_one_pixel() -> None:
     assert choose_winograd(AVX512, batch=1, height=1, width=1, channels=512, depth=512) == 0
 
 
-def test_ranks_give_other_tiles_and_partitions_that_fit_as_well() -> None:
-    tiles, tasks = set(), set()
-    for rank in range(4):
-        machine = replace(AVX512, pixel_rank=rank, task_rank=rank)
-        rows, columns = choose_pixels(
+def test_every_option_that_was_asked_for_can_be_decided_and_fits() -> None:
+    asked: dict[str, tuple[str, ...]] = {}
+    machine = replace(AVX512, asked=asked)
+
+    def pixels(machine: Machine) -> tuple[int, int]:
+        return choose_pixels(
             machine, height=28, width=28, channels=128, depth=128, taps=9, vectors=2
         )
-        assert 28 % rows == 28 % columns == 0
-        assert rows * columns * 2 <= machine.accumulators
-        tiles.add((rows, columns))
-        parts = choose_tasks(
+
+    def tasks(machine: Machine) -> tuple[int, int]:
+        return choose_tasks(
             machine, batch=1, row_tiles=28, channel_tiles=4, weight_bytes=1 << 19,
             input_bytes=1 << 18, row_bytes=1 << 13,
         )  # fmt: skip
-        assert parts[0] * parts[1] % machine.threads == 0
-        tasks.add(parts)
-    assert len(tiles) == len(tasks) == 4
+
+    first = pixels(machine), tasks(machine)
+    assert set(asked) == {"pixels", "tasks"}
+    tiles = [pixels(replace(AVX512, decided=(("pixels", name),))) for name in asked["pixels"]]
+    parts = [tasks(replace(AVX512, decided=(("tasks", name),))) for name in asked["tasks"]]
+    assert (tiles[0], parts[0]) == first
+    assert len(set(tiles)) == len(tiles) > 3
+    assert len(set(parts)) == len(parts) > 3
+    for rows, columns in tiles:
+        assert 28 % rows == 28 % columns == 0
+        assert rows * columns * 2 <= AVX512.accumulators
+    assert all(rows * channels % AVX512.threads == 0 for rows, channels in parts)
 
 
-def test_a_rank_beyond_the_last_choice_is_the_last_choice() -> None:
-    machine = replace(AVX512, pixel_rank=99, task_rank=99)
+def test_a_decided_option_that_does_not_exist_any_more_is_ignored() -> None:
+    machine = replace(AVX512, decided=(("pixels", "99x99"),))
     assert choose_pixels(
         machine, height=1, width=1, channels=16, depth=8, taps=1, vectors=1
     ) == (1, 1)  # fmt: skip
-    assert choose_tasks(
-        machine, batch=2, row_tiles=1, channel_tiles=1, weight_bytes=1, input_bytes=1, row_bytes=1
-    ) == (1, 1)
+
+
+def test_points_of_the_lowering_are_named_after_the_layer() -> None:
+    asked: dict[str, tuple[str, ...]] = {}
+    machine = replace(AVX512, asked=asked)
+    shape = {"height": 14, "width": 14, "channels": 256, "depth": 256}
+    first = choose_tile(machine, taps=9, **shape)
+    choose_winograd(machine, batch=1, **shape)
+    pack, winograd = "pack 14x14x256x9 to 256", "winograd 1x14x14x256 to 256"
+    assert asked[winograd] == ("2x2", "4x4", "direct")
+    assert asked[pack][0] == f"{first.rows}x{first.columns}x{first.vectors}"
+    vectors = [name.split("x")[2] for name in asked[pack]]
+    assert len(set(vectors)) == len(vectors) > 1
+    assert choose_winograd(replace(AVX512, decided=((winograd, "direct"),)), batch=1, **shape) == 0
+    other = choose_tile(replace(AVX512, decided=((pack, asked[pack][1]),)), taps=9, **shape)
+    assert other.vectors != first.vectors
