@@ -11,6 +11,8 @@ import tvm
 from tvm import tirx
 from tvm.s_tir.pipeline import default_s_tir_pipeline
 
+from .configure_tiles import ConfigureTiles
+
 # A thread's stack is 8 MiB by default, and 64 KiB is the least a POSIX thread may have on Linux
 # targets of ours; a register tile needs 2 KiB and a padded row patch rarely more than 16.
 MAX_STACK_BYTES = 16 * 1024
@@ -84,7 +86,9 @@ def tir_pipeline() -> tvm.transform.Pass:
     lower, finalize_host, finalize_device = default_s_tir_pipeline()
 
     def finalize() -> tvm.transform.Pass:
-        return tvm.transform.Sequential([PromoteAccumulators(), finalize_host()])
+        return tvm.transform.Sequential(
+            [ConfigureTiles(), PromoteAccumulators(), finalize_host()]
+        )
 
     return lower, finalize, finalize_device
 

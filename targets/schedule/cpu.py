@@ -19,6 +19,7 @@ from .generic import schedule_generic
 from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
 from .rows import schedule_columns, schedule_rows
+from .tiles import schedule_tiles
 from .weight_only import schedule_weight_only_dense
 from .window import schedule_window
 from .winograd import schedule_winograd
@@ -34,7 +35,7 @@ class Decision:
         Name of the PrimFunc.
     rule : str
         ``conv2d``, ``dense``, ``batch_matmul``, ``window``, ``winograd``, ``rows``, ``columns``,
-        ``weight_only``, ``generic``,
+        ``weight_only_dense``, ``weight_only_groups``, ``tiles``, ``generic``,
         ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
@@ -50,10 +51,11 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("conv_acc", "conv2d"),
         ("dw_acc", "window"),
         ("mm_acc", "dense"),
-        ("wonly_acc", "weight_only"),
-        ("wgroup_acc", "weight_only"),
+        ("wonly_acc", "weight_only_dense"),
+        ("wgroup_acc", "weight_only_groups"),
         ("bmm_acc", "batch_matmul"),
         ("qconv_acc", "dot_conv2d"),
+        ("tile_acc", "tiles"),
         ("qmm_acc", "dot_dense"),
         ("wino_acc", "winograd"),
         ("row_total", "rows"),
@@ -76,15 +78,19 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "rows": schedule_rows,
         "columns": schedule_columns,
         "winograd": schedule_winograd,
-        "weight_only": schedule_weight_only_dense,
     }
     if rule in whole:
         whole[rule](schedule, machine)
+        return
+    if rule == "tiles":
+        schedule_tiles(schedule, machine, blocks)
         return
     anchors: dict[str, str] = {
         "conv2d": "conv_acc",
         "window": "dw_acc",
         "dense": "mm_acc",
+        "weight_only_dense": "wonly_acc",
+        "weight_only_groups": "wgroup_acc",
         "batch_matmul": "bmm_acc",
         "dot_conv2d": "qconv_acc",
         "dot_dense": "qmm_acc",
@@ -96,6 +102,10 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         schedule_window(schedule, machine, anchor, find("dw_pad"), blocks)
     elif rule == "dense":
         schedule_dense(schedule, machine, anchor, blocks)
+    elif rule in ("weight_only_dense", "weight_only_groups"):
+        schedule_weight_only_dense(
+            schedule, machine, anchor, find("wonly_pad"), find("wgroup_part"), blocks
+        )
     elif rule == "dot_conv2d":
         schedule_dot_conv2d(schedule, machine, anchor, find("qconv_pad"), blocks)
     elif rule == "dot_dense":
