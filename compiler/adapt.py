@@ -7,16 +7,19 @@ read again for each turn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
+import tvm
 
 from hone.passes.quantize.adaptive_rounding import STEPS, learn_rounding
 from hone.passes.quantize.gram import GramObserver, gram_shape
 from hone.passes.quantize.qparams import QParams, QuantizedType, dequantize, quantize
-from hone.passes.quantize.site import Site
+from hone.passes.quantize.site import WEIGHTED, Site
+from hone.passes.quantize.survey import survey
+from hone.passes.quantize.weight_schemes import Scheme, WeightOptions, quantize_weights
 
 from .data import Dataset
 from .model import Model
@@ -67,6 +70,42 @@ class Roundings:
     levels: Mapping[str, np.ndarray]
     gains: Mapping[str, float]
     notes: tuple[str, ...] = field(default=())
+
+
+def weight_tasks(
+    module: tvm.IRModule, options: WeightOptions, *, keep_float: Collection[str] = ()
+) -> tuple[RoundingTask, ...]:
+    """Return the layers whose weights alone will be integers, for `quantize_weight_only`.
+
+    None for ternary and binary weights, whose levels are no neighbours of the weight.
+
+    Parameters
+    ----------
+    module : IRModule
+        ``main`` in NHWC with folded batch norm.
+    options : WeightOptions
+        How they will be quantized.
+    keep_float : collection of str
+        Binding names of layers that stay in float.
+    """
+    if options.scheme is not Scheme.INTEGER:
+        return ()
+    type_ = QuantizedType(bits=options.bits, signed=True, narrow=options.symmetric)
+    tasks = []
+    for site in survey(module["main"], keep_float=keep_float).sites:
+        if site.kind not in WEIGHTED:
+            continue
+        rows = site.weight.reshape(len(site.weight), -1)
+        found = quantize_weights(rows, options, layer=site.layer)
+        zeros = np.zeros_like(found.scale)
+        scale, zero_point = (
+            np.broadcast_to(np.repeat(values, found.group, 1)[:, : rows.shape[1]], rows.shape)
+            for values in (found.scale, zeros if found.zero_point is None else found.zero_point)
+        )
+        tasks.append(
+            RoundingTask(site=site, scale=scale, zero_point=zero_point.astype(np.int32), type=type_)
+        )
+    return tuple(tasks)
 
 
 def learn_roundings(

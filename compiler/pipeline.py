@@ -5,8 +5,8 @@ Each stage takes a module and returns a new one; each can be printed as TVMScrip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -86,7 +86,11 @@ def graph_stages() -> tuple[Stage, ...]:
 
 def lower_stages(target: Target, *, threads: int, compact: bool = False) -> tuple[Stage, ...]:
     """Return the stages from operators to fused TIR functions, not yet scheduled."""
-    machine = Machine.of(target, threads)
+    return lower_stages_of(Machine.of(target, threads), compact=compact)
+
+
+def lower_stages_of(machine: Machine, *, compact: bool = False) -> tuple[Stage, ...]:
+    """Return the same stages for a machine, which may have decisions of its own."""
     transform = relax.transform
     return (
         Stage(
@@ -134,7 +138,12 @@ def _run(stages: Sequence[Stage], module: tvm.IRModule) -> tvm.IRModule:
 
 
 def lower(
-    module: tvm.IRModule, target: Target, *, threads: int, compact: bool = False
+    module: tvm.IRModule,
+    target: Target,
+    *,
+    threads: int,
+    compact: bool = False,
+    decided: Mapping[str, str] | None = None,
 ) -> tvm.IRModule:
     """Lower a Relax module to fused TIR functions before scheduling.
 
@@ -148,13 +157,17 @@ def lower(
         Threads that will share each kernel.
     compact : bool
         Prefer small weights to speed, where a kernel has the choice.
+    decided : mapping of str to str, optional
+        How layers are lowered where tuning found better than the model's first choice; see
+        `hone.tuning.lowering`.
 
     Returns
     -------
     IRModule
         ``main`` calls TIR functions; what tuning extracts its tasks from.
     """
-    stages = (*graph_stages(), *lower_stages(target, threads=threads, compact=compact))
+    machine = replace(Machine.of(target, threads), decided=tuple(sorted((decided or {}).items())))
+    stages = (*graph_stages(), *lower_stages_of(machine, compact=compact))
     with target.tvm_target(threads):
         return _run(stages, module)
 

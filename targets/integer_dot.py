@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from .target import Target
+from .tile_product import TileProduct, has_product
 
 GROUP = 4
 """Bytes that share one int32 lane; weights are packed in groups of it on every processor."""
@@ -26,10 +27,17 @@ class IntegerDot(StrEnum):
     """AVX512-VNNI or AVX-VNNI: u8 x s8, four to a lane, 64 products in a 512-bit vector."""
     VPMADDWD = "vpmaddwd"
     """AVX2 and AVX-512BW: bytes widened to int16, two products to a lane in each of two steps."""
+    TDPBUSD = "tdpbusd"
+    """AMX: u8 x s8 in tiles of 16 x 16 sums; layers too small for it take `VPDPBUSD`."""
     USDOT = "usdot"
     """ARM i8mm: u8 x s8, four to a lane."""
     SDOT = "sdot"
     """ARM dotprod: s8 x s8, four to a lane; levels are read as ``level - 128``."""
+
+    @property
+    def vector(self) -> IntegerDot:
+        """The instruction on vectors: this one, or what stands beside tiles."""
+        return IntegerDot.VPDPBUSD if self is IntegerDot.TDPBUSD else self
 
 
 LEVEL_OFFSET: Mapping[IntegerDot | None, int] = {IntegerDot.SDOT: 128}
@@ -54,5 +62,7 @@ def integer_dot_of(target: Target) -> IntegerDot | None:
         return IntegerDot.SDOT if "dotprod" in features else None
     # LLVM selects the 512-bit form from avx512vnni, narrower ones from either.
     if "avx512vnni" in features or ("avxvnni" in features and target.vector_bits <= 256):
-        return IntegerDot.VPDPBUSD
+        # Every processor with AMX has VNNI; tiles without it are not worth a case of their own.
+        tiles = has_product(target, TileProduct.TDPBUSD)
+        return IntegerDot.TDPBUSD if tiles else IntegerDot.VPDPBUSD
     return IntegerDot.VPMADDWD if "avx2" in features else None

@@ -2,7 +2,8 @@
 
 Rewrites ``relax.nn.conv2d`` in NHWC/OHWI with constant weights: dense and grouped ones to weights
 ``[ceil(K / tk), R, S, C / G, tk]`` with zeros in the rounding, depthwise ones to ``[R, S, C]``,
-3x3 ones of stride 1 to Winograd's form where that is modelled faster.
+3x3 ones of stride 1 to Winograd's form where that is modelled faster. 16-bit floats are widened as
+they are read, data once for each task; see `half_conv2d` for machines that multiply them.
 Everything else keeps TVM's own legalization. Runs after the layout is NHWC and before fusion.
 Numerics: sums may be taken in another order.
 """
@@ -19,6 +20,7 @@ from tvm import relax, te, tirx
 from hone.targets.schedule.machine import Machine, choose_tile
 
 from .anchors import ANCHOR, default_legalization, through_layout_change
+from .half import is_half, widen, widened_source
 from .window import Window as Window
 from .winograd import Transform, choose_transform, transform_weight, winograd_conv2d
 
@@ -34,6 +36,8 @@ def pad(
     likely: bool = False,
 ) -> te.Tensor:
     """Return the padded NHWC input of a window, or the input itself where nothing is padded.
+
+    16-bit floats become float32.
 
     Parameters
     ----------
@@ -56,11 +60,11 @@ def pad(
     top, left, bottom, right = window.padding
     padded_width = max(width or 0, in_width + left + right)
     inside_only = not any(window.padding) and padded_width == in_width
-    if inside_only and not channels_first:
+    if inside_only and not channels_first and not is_half(data):
         return data
 
     def read(n: tirx.Var, h: tirx.Expr, w: tirx.Expr, c: tirx.Var) -> tirx.Expr:
-        return data[n, c, h, w] if channels_first else data[n, h, w, c]
+        return widen(data[n, c, h, w] if channels_first else data[n, h, w, c])
 
     def element(n: tirx.Var, h: tirx.Var, w: tirx.Var, c: tirx.Var) -> tirx.Expr:
         if inside_only:
@@ -110,7 +114,7 @@ def conv2d(
         data,
         window,
         name="conv_pad",
-        value=tirx.const(0, data.dtype),
+        value=tirx.const(0, "float32"),
         width=needed if rounded > width else None,
         channels_first=channels_first,
     )
@@ -130,7 +134,7 @@ def conv2d(
                 w * window.strides[1] + s * window.dilation[1],
                 channel(k),
             ]
-            * weight[k // tile, r, s, c, k % tile],
+            * widen(weight[k // tile, r, s, c, k % tile]),
             axis=[r, s, c],
         ),
         name="conv_acc",
@@ -145,7 +149,7 @@ def conv2d(
 def depthwise_conv2d(data: te.Tensor, weight: te.Tensor, window: Window) -> te.Tensor:
     """Return the depthwise convolution of ``[N, H, W, C]`` with ``[R, S, C]``."""
     taps_h, taps_w, channels = (int(extent) for extent in weight.shape)
-    padded = pad(data, window, name="dw_pad", value=tirx.const(0, data.dtype), likely=True)
+    padded = pad(data, window, name="dw_pad", value=tirx.const(0, "float32"), likely=True)
     r, s = te.reduce_axis((0, taps_h), "r"), te.reduce_axis((0, taps_w), "s")
     return te.compute(
         (window.shape[0], *window.output, channels),
@@ -249,10 +253,12 @@ def legalize_conv2d(
         and attrs.kernel_layout == "OHWI"
         and attrs.out_layout in ("", "NHWC")
         and isinstance(weight, tvm.ir.GenericConst)
-        and str(call.ty.dtype) == str(data.ty.dtype) == "float32"
+        and str(call.ty.dtype) == "float32"
+        and (str(data.ty.dtype) == "float32" or is_half(data))
     )
     if not fits:
         return default_legalization(bb, call)
+    data = widened_source(bb, data)
     values = weight.value.numpy()
     channels, taps_h, taps_w, depth = values.shape
     window = Window.of(data, (taps_h, taps_w), attrs)

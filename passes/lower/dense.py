@@ -18,6 +18,7 @@ from tvm import relax, te, tirx
 from hone.targets.schedule.machine import Machine, choose_tile
 
 from .anchors import ANCHOR, default_legalization, is_constant
+from .half import is_half, widen
 
 # With fewer rows than this in the last axis a register tile would be mostly empty.
 SHORT = 8
@@ -46,7 +47,7 @@ def dense(data: te.Tensor, weight: te.Tensor, *, channels: int, tile_rows: int) 
     def element(*i: tirx.Var) -> tirx.Expr:
         *at, m, k = i
         row = m if rounded == rows else tirx.min(m, rows - 1)
-        return te.sum(data[(*at, row, c)] * weight[k // tile, c, k % tile], axis=c)
+        return te.sum(data[(*at, row, c)] * widen(weight[k // tile, c, k % tile]), axis=c)
 
     sums = te.compute((*outer, rounded, blocks * tile), element, name="mm_acc")
     if blocks * tile == channels and rounded == rows:
@@ -89,7 +90,10 @@ def legalize_matmul(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) 
     left, right = call.args
     left_shape = [int(extent) for extent in left.ty.shape]
     right_shape = [int(extent) for extent in right.ty.shape]
-    if not (str(left.ty.dtype) == str(right.ty.dtype) == str(call.ty.dtype) == "float32"):
+    stored = is_constant(right) and is_half(right)
+    if not (str(left.ty.dtype) == str(call.ty.dtype) == "float32") or not (
+        stored or str(right.ty.dtype) == "float32"
+    ):
         return default_legalization(bb, call)
     if is_constant(right) and len(right_shape) == 2 and len(left_shape) >= 2:
         return _packed(machine, bb, call, left_shape, right)

@@ -6,6 +6,7 @@ read through them. Numerics: sums may be taken in another order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import tvm
@@ -19,11 +20,23 @@ from .anchors import default_legalization
 from .conv2d import legalize_conv2d
 from .dense import legalize_matmul
 from .elementary import ELEMENTARY_RULES
+from .half import is_half, legalize_astype
+from .half_conv2d import legalize_half_conv2d
+from .half_dense import legalize_half_matmul
 from .normalize import legalize_group_norm, legalize_layer_norm, legalize_softmax
 from .pool2d import legalize_max_pool2d
 from .reductions import STATISTICS, legalize_statistic
 from .weight_only import legalize_decode
 from .weight_only import rules as weight_only_rules
+
+READ_THROUGH = ("relax.permute_dims", "relax.astype", DECODE_WEIGHTS)
+
+Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
+
+
+def _by_weight(*, single: Rule, half: Rule) -> Rule:
+    """Return the rule that fits the type of a layer's second operand."""
+    return lambda bb, call: (half if is_half(call.args[1]) else single)(bb, call)
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -50,8 +63,14 @@ class LegalizeForCPU:
             **weight_only_rules(
                 self._machine,
                 {
-                    "relax.nn.conv2d": partial(legalize_conv2d, self._machine, self._compact),
-                    "relax.matmul": partial(legalize_matmul, self._machine),
+                    "relax.nn.conv2d": _by_weight(
+                        single=partial(legalize_conv2d, self._machine, self._compact),
+                        half=partial(legalize_half_conv2d, self._machine, self._compact),
+                    ),
+                    "relax.matmul": _by_weight(
+                        single=partial(legalize_matmul, self._machine),
+                        half=partial(legalize_half_matmul, self._machine),
+                    ),
                     "relax.take": default_legalization,
                 },
             ),
@@ -72,9 +91,14 @@ class LegalizeForCPU:
         transform = relax.transform
         return tvm.transform.Sequential(
             [
-                # Both are read through by the kernels behind them; what is left comes last.
-                transform.LegalizeOps(own, skip_ops=["relax.permute_dims", DECODE_WEIGHTS]),
+                # These are read through by the kernels behind them; what is left comes last.
+                transform.LegalizeOps(own, skip_ops=list(READ_THROUGH)),
                 transform.DeadCodeElimination(),
-                transform.LegalizeOps({DECODE_WEIGHTS: legalize_decode}),
+                transform.LegalizeOps(
+                    {
+                        DECODE_WEIGHTS: legalize_decode,
+                        "relax.astype": partial(legalize_astype, self._machine),
+                    }
+                ),
             ]
         )(module)

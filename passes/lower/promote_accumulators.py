@@ -11,6 +11,8 @@ import tvm
 from tvm import tirx
 from tvm.s_tir.pipeline import default_s_tir_pipeline
 
+from .configure_tiles import ConfigureTiles
+from .import_intrinsics import ImportIntrinsics
 from .prefetch_weights import PrefetchWeights
 
 # A thread's stack is 8 MiB by default, and 64 KiB is the least a POSIX thread may have on Linux
@@ -86,7 +88,15 @@ def tir_pipeline() -> tvm.transform.Pass:
     lower, finalize_host, finalize_device = default_s_tir_pipeline()
 
     def finalize() -> tvm.transform.Pass:
-        return tvm.transform.Sequential([PrefetchWeights(), PromoteAccumulators(), finalize_host()])
+        return tvm.transform.Sequential(
+            [
+                ConfigureTiles(),
+                PrefetchWeights(),
+                PromoteAccumulators(),
+                ImportIntrinsics(),
+                finalize_host(),
+            ]
+        )
 
     return lower, finalize, finalize_device
 

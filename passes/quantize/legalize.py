@@ -25,7 +25,7 @@ from hone.targets.integer_dot import GROUP, LEVEL_OFFSET
 from hone.targets.schedule.integer import choose_dot_tile
 from hone.targets.schedule.machine import Machine, Tile, choose_tile
 
-from . import dot_kernels, kernels
+from . import dot_kernels, kernels, tile_kernels
 from .operators import NAMES
 
 DEFAULT_LANES = 16
@@ -146,6 +146,11 @@ def _dot_conv2d(
         return plain(bb, call)
     weight = _constant(call, 1)
     window = _window(call, weight.shape[1:3])
+    tiles = tile_kernels.lower_conv2d(
+        machine, bb, [data, bias, *others], weight, window, out_dtype=_dtype(call)
+    )
+    if tiles is not None:
+        return tiles
     cut = dot_kernels.Rows.of(window)
     height, width = window.output
     tile = choose_dot_tile(
@@ -185,6 +190,11 @@ def _dot_dense(
     channels, depth = weight.shape
     data, others, shape = _as_rows(bb, data, others, channels)
     rows = int(data.ty.shape[0])
+    tiles = tile_kernels.lower_dense(
+        machine, bb, [data, bias, *others], weight, out_dtype=_dtype(call)
+    )
+    if tiles is not None:
+        return _in_shape(bb, tiles, shape, channels)
     groups = dot_kernels.rounded_up(depth, GROUP) // GROUP
     tile = choose_dot_tile(machine, height=1, width=rows, channels=channels, depth=groups, taps=1)
     offset = LEVEL_OFFSET.get(machine.integer_dot, 0)

@@ -10,8 +10,8 @@ computes with the weights that its levels stand for, see `weight_schemes`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tvm
@@ -68,7 +68,11 @@ class WeightQuantization:
 
 
 def quantize_weight_only(
-    module: tvm.IRModule, options: WeightOptions, *, keep_float: Collection[str] = ()
+    module: tvm.IRModule,
+    options: WeightOptions,
+    *,
+    keep_float: Collection[str] = (),
+    rounded: Mapping[str, np.ndarray] | None = None,
 ) -> WeightQuantization:
     """Quantize the weights of a module and report what was done.
 
@@ -80,6 +84,9 @@ def quantize_weight_only(
         How, for all layers.
     keep_float : collection of str
         Binding names of layers whose weights must stay.
+    rounded : mapping of str to ndarray, optional
+        Layer → levels ``[K, D]`` of its weights, see `adaptive_rounding`; the scales are those of
+        `options` all the same, and other layers are rounded to nearest.
 
     Raises
     ------
@@ -111,7 +118,9 @@ def quantize_weight_only(
                 skipped.append(Skipped(layer, reason or ""))
             builder.copy(binding)
             continue
-        decoded, entry = _quantize(weight, 1 if call.op.same_as(_MATMUL) else 0, options, layer)
+        axis = 1 if call.op.same_as(_MATMUL) else 0
+        chosen = None if rounded is None else rounded.get(layer)
+        decoded, entry = _quantize(weight, axis, options, layer, chosen)
         arguments = [builder.use(argument) for argument in call.args]
         arguments[position] = builder.emit(decoded.call(), f"{layer}@weight")
         builder.bind(binding.var, with_args(call, arguments))
@@ -176,10 +185,12 @@ def _obstacle(call: relax.Call, weight: np.ndarray | None) -> str | None:
 
 
 def _quantize(
-    weight: np.ndarray, axis: int, options: WeightOptions, layer: str
+    weight: np.ndarray, axis: int, options: WeightOptions, layer: str, chosen: np.ndarray | None
 ) -> tuple[Decoded, QuantizedWeight]:
     first = np.moveaxis(weight, axis, 0)
     levels = quantize_weights(first.reshape(len(first), -1), options, layer=layer)
+    if chosen is not None:
+        levels = replace(levels, levels=chosen)
     decoded = Decoded(levels=levels, shape=tuple(weight.shape), axis=axis)
     noise = float(np.square(weight.astype(np.float64) - decoded.real()).sum())
     signal = float(np.square(weight.astype(np.float64)).sum())

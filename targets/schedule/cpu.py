@@ -19,6 +19,7 @@ from .generic import schedule_generic
 from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
 from .rows import schedule_columns, schedule_rows
+from .tiles import schedule_tiles
 from .weight_only import schedule_weight_only_dense
 from .window import schedule_window
 from .winograd import schedule_winograd
@@ -34,7 +35,7 @@ class Decision:
         Name of the PrimFunc.
     rule : str
         ``conv2d``, ``dense``, ``batch_matmul``, ``window``, ``winograd``, ``rows``, ``columns``,
-        ``weight_only_dense``, ``weight_only_groups``, ``generic``,
+        ``weight_only_dense``, ``weight_only_groups``, ``tiles``, ``generic``,
         ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
@@ -54,6 +55,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("wgroup_acc", "weight_only_groups"),
         ("bmm_acc", "batch_matmul"),
         ("qconv_acc", "dot_conv2d"),
+        ("tile_acc", "tiles"),
         ("qmm_acc", "dot_dense"),
         ("wino_acc", "winograd"),
         ("row_total", "rows"),
@@ -79,6 +81,9 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
     }
     if rule in whole:
         whole[rule](schedule, machine)
+        return
+    if rule == "tiles":
+        schedule_tiles(schedule, machine, blocks)
         return
     anchors: dict[str, str] = {
         "conv2d": "conv_acc",

@@ -88,7 +88,7 @@ def _lanes(machine: Machine, dot: IntegerDot, tile_channels: int) -> int:
 def _dot(machine: Machine) -> IntegerDot:
     if machine.integer_dot is None:
         raise ValueError("this machine has no integer dot product, but its weights are packed so")
-    return IntegerDot(machine.integer_dot)
+    return IntegerDot(machine.integer_dot).vector
 
 
 def _copy_padding(schedule: s_tir.Schedule, machine: Machine, block: SBlockRV, at: LoopRV) -> None:

@@ -368,7 +368,15 @@ LARGE_TILE_GAIN = 1.1
 
 
 def choose_winograd(
-    machine: Machine, *, batch: int, height: int, width: int, channels: int, depth: int
+    machine: Machine,
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    depth: int,
+    group: int = 1,
+    tiles: tuple[int, ...] = (2, 4),
 ) -> int:
     """Choose the output tile of a 3x3 convolution of stride 1 with the least modelled cycles.
 
@@ -384,6 +392,10 @@ def choose_winograd(
         Output images.
     channels, depth : int
         Output and input channels.
+    group : int
+        Input channels of one lane of a product; they take four bytes together.
+    tiles : tuple of int
+        The m to choose from.
 
     Returns
     -------
@@ -391,21 +403,22 @@ def choose_winograd(
         m, or 0 for the direct convolution.
     """
     per_cycle = machine.lanes * FMA_PER_CYCLE * machine.threads
-    rounded = -(-channels // machine.lanes) * machine.lanes
+    rounded, steps = -(-channels // machine.lanes) * machine.lanes, -(-depth // group)
     vectors = sum(size // math.gcd(size, machine.lanes) for size in (depth, channels))
 
     def cycles(products: float, points: int, transforms: int) -> float:
-        stream = points * rounded * depth * 4 / WEIGHT_BYTES_PER_CYCLE
+        stream = points * rounded * steps * 4 / WEIGHT_BYTES_PER_CYCLE
         return max(products / per_cycle, stream) + transforms / (FMA_PER_CYCLE * machine.threads)
 
-    costs = {0: cycles(batch * height * width * rounded * depth * 9, 9, 0)}
-    for m in (2, 4):
-        tiles = batch * -(-height // m) * -(-width // m)
+    costs = {0: cycles(batch * height * width * rounded * steps * 9, 9, 0)}
+    for m in tiles:
+        count = batch * -(-height // m) * -(-width // m)
         points = (m + 2) ** 2
         costs[m] = cycles(
-            tiles * points * rounded * depth, points, tiles * vectors * points * TRANSFORM_STEPS
+            count * points * rounded * steps, points, count * vectors * points * TRANSFORM_STEPS
         )
-    costs[4] *= LARGE_TILE_GAIN
+        if m > min(tiles):
+            costs[m] *= LARGE_TILE_GAIN
     point = f"winograd {batch}x{height}x{width}x{depth} to {channels}"
     ranked = sorted(costs, key=lambda m: costs[m])
     return machine.pick(point, {f"{m}x{m}" if m else "direct": m for m in ranked})

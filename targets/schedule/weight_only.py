@@ -19,6 +19,8 @@ from .blocks import (
     MIN_PARALLEL_MULTIPLY_ADDS,
     extents,
     finish_output,
+    leaves,
+    name_of,
     output_block,
     parallelize,
     start_sums,
@@ -27,34 +29,29 @@ from .blocks import (
 from .machine import Machine, choose_pixels, choose_tasks
 
 # Multiply-adds in the unrolled body of one word; beyond, LLVM moves loads far ahead, and spills.
-UNROLLED_BODY = 128
+UNROLLED_BODY = 256
 
 
-def schedule_weight_only_dense(
-    schedule: s_tir.Schedule,
-    machine: Machine,
-    anchor: SBlockRV,
-    padding: SBlockRV | None,
-    part: SBlockRV | None,
-    blocks: list[SBlockRV],
-) -> None:
+# Sums of activations, in the order in which they depend on each other, last first.
+CORRECTIONS = ("wonly_total", "wonly_offset", "wonly_fields")
+
+
+def schedule_weight_only_dense(schedule: s_tir.Schedule, machine: Machine) -> None:
     """Schedule ``[M, C] x packed [K / tk, words, tk]``.
 
     Parameters
     ----------
     schedule : Schedule
-        Changed in place.
+        Changed in place. Its sum is ``wonly_acc`` with loops ``m, k, c``; or ``wgroup_acc`` over
+        groups, ``m, k, g``, of ``wgroup_part``, the sum of one, ``m, k, g, c``. ``wonly_pad``, and
+        what corrects the sums, are computed by each task.
     machine : Machine
         Decides tiles and tasks.
-    anchor : SBlockRV
-        The sum, with loops ``m, k, c``; the sum over groups, ``m, k, g``, where ``part`` is given.
-    padding : SBlockRV or None
-        The stage that fills the rows of the left matrix up to whole words.
-    part : SBlockRV or None
-        The sum of one group, with loops ``m, k, g, c``.
-    blocks : list of SBlockRV
-        All blocks of the function in order.
     """
+    blocks = leaves(schedule)
+    by_name = {name_of(schedule, block): block for block in blocks}
+    part, padding = by_name.get("wgroup_part"), by_name.get("wonly_pad")
+    anchor = by_name["wonly_acc" if part is None else "wgroup_acc"]
     output = output_block(schedule, anchor, blocks)
     inner = anchor if part is None else part
     m, k, steps = schedule.get_loops(anchor)
@@ -97,6 +94,11 @@ def schedule_weight_only_dense(
     parallelize(schedule, tasks, work=rows * channels * depth, least=MIN_PARALLEL_MULTIPLY_ADDS)
     if part is not None:
         _schedule_part(schedule, part, steps, held=held, lanes=lanes, body=body)
+    for name in CORRECTIONS:
+        if name in by_name:
+            schedule.compute_at(by_name[name], tasks, preserve_unit_loops=True)
+    if CORRECTIONS[-1] in by_name:
+        _schedule_fields(schedule, by_name[CORRECTIONS[-1]])
     if padding is not None:
         schedule.compute_at(padding, tasks, preserve_unit_loops=True)
     schedule.vectorize(k_lane)
@@ -129,6 +131,14 @@ def _schedule_part(
     schedule.vectorize(loops[-1])
     for loop in loops[-3:-1]:
         schedule.unroll(loop)
+
+
+def _schedule_fields(schedule: s_tir.Schedule, block: SBlockRV) -> None:
+    """Sum the activations of each field in lanes of one vector."""
+    *_, place, word = schedule.get_loops(block)
+    schedule.reorder(word, place)
+    schedule.vectorize(place)
+    schedule.vectorize(schedule.get_loops(schedule.decompose_reduction(block, word))[-1])
 
 
 def _unroll_level(schedule: s_tir.Schedule, level: LoopRV, body: int) -> None:

@@ -3,19 +3,23 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+import tvm
 from onnx import TensorProto, helper, numpy_helper
 
-from hone.adapt import RoundingTask, learn_roundings
+from hone.adapt import RoundingTask, learn_roundings, weight_tasks
 from hone.calibrate import calibrate
 from hone.data import Dataset
 from hone.importer import load
 from hone.model import Model
 from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
+from hone.passes.quantize.expose_tensors import ExposeTensors
 from hone.passes.quantize.integer_layer import quantize_weights
 from hone.passes.quantize.qparams import INT8, dequantize, quantize
 from hone.passes.quantize.quantize_int8 import quantize_int8, weighted_sites
-from hone.tensor_reader import TensorReader
+from hone.passes.quantize.quantize_weights import quantize_weight_only
+from hone.passes.quantize.weight_schemes import Granularity, Scheme, WeightOptions
+from hone.tensor_reader import TensorReader, compile_for_host
 
 RNG = np.random.default_rng(5)
 CONV = RNG.normal(size=(4, 3, 3, 3)).astype(np.float32)
@@ -136,3 +140,42 @@ def test_a_time_limit_is_noted_and_nothing_gets_worse(model: Model, data: Datase
     found = learn_roundings(model, data, tasks(model, ranges), threads=1, seconds=1e-6)
     assert found.notes == ("1e-06 s ended the rounding of 3 layers before 1000 steps",)
     assert all(gain <= 1.0 for gain in found.gains.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        WeightOptions(bits=4, granularity=Granularity.GROUP, group_size=8, symmetric=False),
+        WeightOptions(bits=2, granularity=Granularity.TENSOR),
+    ],
+    ids=["groups", "tensor"],
+)
+def test_weights_alone_take_the_learned_levels(
+    model: Model, data: Dataset, options: WeightOptions
+) -> None:
+    wanted = weight_tasks(model.module, options)
+    assert [task.site.layer for task in wanted] == ["conv1", "dw", "fc"]
+    found = learn_roundings(model, data, wanted, threads=1, steps=200)
+    plain = quantize_weight_only(model.module, options)
+    rounded = quantize_weight_only(model.module, options, rounded=found.levels)
+    float_, before, after = (
+        np.stack([compile_for_host(tupled(m), threads=1)([x])[0] for x in data.inputs["a"]])
+        for m in (model.module, plain.module, rounded.module)
+    )
+    assert np.square(after - float_).mean() < 0.5 * np.square(before - float_).mean()
+    # Nearest to the weights is what the others are.
+    assert all(
+        b.sqnr_db > a.sqnr_db for a, b in zip(rounded.quantized, plain.quantized, strict=True)
+    )
+
+
+def tupled(module: tvm.IRModule) -> tvm.IRModule:
+    output = str(module["main"].body.body.name)
+    return apply(module, ExposeTensors(tensors=[output]))
+
+
+def test_ternary_and_binary_weights_are_not_rounded(model: Model) -> None:
+    for scheme in (Scheme.TERNARY, Scheme.BINARY):
+        assert weight_tasks(model.module, WeightOptions(scheme=scheme)) == ()
+    kept = weight_tasks(model.module, WeightOptions(bits=4), keep_float=["fc"])
+    assert [task.site.layer for task in kept] == ["conv1", "dw"]

@@ -26,7 +26,7 @@ OPTIONS = [
     WeightOptions(scheme=Scheme.TERNARY),
     WeightOptions(scheme=Scheme.BINARY),
 ]
-RULES = {"weight_only_dense", "weight_only_groups", "conv2d"}
+RULES = {"weight_only", "conv2d"}
 
 
 def test_kernels_equal_the_oracle_when_emulated(arm_emulator, tmp_path, rng) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from tvm import relax
 
 from hone import pipeline
 from hone.driver import runs_here
+from hone.passes.apply import apply
 from hone.targets.target import Target, resolve
 
 THREADS = 2
@@ -29,9 +30,14 @@ Make = Callable[..., relax.Expr]
 
 @pytest.fixture
 def run_op(target: Target) -> Callable[..., tuple[np.ndarray, list[str]]]:
-    """Return a function that compiles ``make(*inputs)`` and gives its result and the rules used."""
+    """Return a function that compiles ``make(*inputs)`` and gives its result and the rules used.
 
-    def run(make: Make, *arrays: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    ``passes`` are applied to the graph first.
+    """
+
+    def run(
+        make: Make, *arrays: np.ndarray, passes: Sequence[tvm.transform.Pass] = ()
+    ) -> tuple[np.ndarray, list[str]]:
         builder = relax.BlockBuilder()
         inputs = [
             relax.Var(f"x{i}", relax.TensorType(a.shape, str(a.dtype)))
@@ -41,7 +47,8 @@ def run_op(target: Target) -> Callable[..., tuple[np.ndarray, list[str]]]:
             with builder.dataflow():
                 result = builder.emit_output(builder.normalize(make(*inputs)))
             builder.emit_func_output(result)
-        lowered = pipeline.lower(builder.get(), target, threads=THREADS)
+        module = apply(builder.get(), *passes)
+        lowered = pipeline.lower(module, target, threads=THREADS)
         scheduled = pipeline.schedule(lowered, target, threads=THREADS)
         executable = pipeline.build_executable(scheduled.module, target, threads=THREADS)
         machine = relax.VirtualMachine(executable, tvm.cpu())

@@ -1,0 +1,225 @@
+"""Lowers convolutions of bfloat16 to sums of pairs, weights ``[K / tk, R, S, C / 2, tk, 2]``.
+
+Rewrites ``relax.nn.conv2d`` in NHWC/OHWI of 16-bit floats with a float32 result and constant
+weights. A pair of channels is one int32 word, as large as a float32, so that the float template
+schedules it. An image in NCHW (a network's input) is read plane by plane, and two neighbouring taps
+of a row are a pair. Without an instruction for pairs the weights are widened in registers, the data
+once for each task. Runs before fusion. Numerics: products of 16-bit floats, sums in float32.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from tvm import relax, te, tirx
+
+from hone.targets.schedule.machine import Machine, choose_tile
+
+from .anchors import ANCHOR, through_layout_change
+from .conv2d import legalize_conv2d
+from .half import PAIR, Pairs, rounded_source, words
+from .window import Window
+from .winograd import Transform, choose_transform, transform_weight, winograd_conv2d
+
+
+def pack_conv2d(weight: np.ndarray, tile: int) -> np.ndarray:
+    """Pack ``[K, R, S, C]`` 16-bit floats to int32 ``[ceil(K / tile), R, S, ceil(C / 2), tile]``.
+
+    A word holds two neighbours along the last axis; zeros in the rounding.
+    """
+    channels, taps_h, taps_w, depth = weight.shape
+    pairs = -(-depth // PAIR)
+    padded = np.zeros((-(-channels // tile) * tile, taps_h, taps_w, pairs * PAIR), weight.dtype)
+    padded[:channels, ..., :depth] = weight
+    blocked = padded.reshape(-1, tile, taps_h, taps_w, pairs, PAIR)
+    return words(np.ascontiguousarray(blocked.transpose(0, 2, 3, 4, 1, 5)))
+
+
+def _padded(
+    pairs: Pairs, data: te.Tensor, window: Window, *, width: int, channels: int
+) -> te.Tensor:
+    """Return the bits of the padded image ``[N, H, W, C]``, or the data where nothing changes."""
+    batch, height, in_width, depth = window.shape
+    top, left, bottom, right = window.padding
+    width = max(width, in_width + left + right)
+    same = not any(window.padding) and (width, channels) == (in_width, depth)
+    if same and str(data.dtype) == pairs.dtype:
+        return data
+
+    def element(n: tirx.Var, h: tirx.Var, w: tirx.Var, c: tirx.Var) -> tirx.Expr:
+        value = pairs.bits(data[n, h - top, w - left, c])
+        bounds = [h >= top, h < height + top, w >= left, w < in_width + left]
+        if channels > depth:
+            bounds.append(c < depth)
+        return tirx.if_then_else(tirx.all(*bounds), value, tirx.const(0, "uint16"))
+
+    shape = (batch, height + top + bottom, width, channels)
+    return te.compute(shape, element, name="conv_pad")
+
+
+def _planes(pairs: Pairs, data: te.Tensor, window: Window, *, width: int) -> te.Tensor:
+    """Return the bits of the padded planes ``[N, C, H, W]`` of an image in NCHW."""
+    batch, height, in_width, depth = window.shape
+    top, left, bottom, right = window.padding
+    # A row that no vector divides is a plain loop, which partitioning frees of its bounds and LLVM
+    # vectorizes; vectors would test the bounds for each lane.
+    width = max(width, in_width + left + right) | 1
+
+    def element(n: tirx.Var, c: tirx.Var, h: tirx.Var, w: tirx.Var) -> tirx.Expr:
+        value = pairs.bits(data[n, c, h - top, w - left])
+        # Each bound by itself, marked likely, is what loop partitioning understands.
+        zero = tirx.const(0, "uint16")
+        row = tirx.if_then_else(tirx.likely(w < in_width + left), value, zero)
+        row = tirx.if_then_else(tirx.likely(w >= left), row, zero)
+        return tirx.if_then_else(tirx.all(h >= top, h < height + top), row, zero)
+
+    return te.compute((batch, depth, height + top + bottom, width), element, name="conv_pad")
+
+
+def conv2d(
+    data: te.Tensor,
+    weight: te.Tensor,
+    *,
+    pairs: Pairs,
+    window: Window,
+    channels: int,
+    tile_columns: int,
+    channels_first: bool,
+) -> te.Tensor:
+    """Return the float32 convolution of 16-bit floats with weights packed by `pack_conv2d`.
+
+    Parameters
+    ----------
+    data : te.Tensor
+        ``[N, H, W, C]``, or ``[N, C, H, W]`` with ``channels_first``; float32 is rounded first.
+    weight : te.Tensor
+        int32 ``[ceil(K / tk), R, S, C / 2, tk]``; with ``channels_first`` C, R, S / 2 inside.
+    pairs : Pairs
+        The machine's way to sum them.
+    window : Window
+        Geometry.
+    channels : int
+        K.
+    tile_columns : int
+        The output width is rounded up to it; the extra columns are cut off.
+    channels_first : bool
+        Pair taps of a plane, not channels.
+    """
+    blocks, outer, inner, depth, tile = (int(extent) for extent in weight.shape)
+    height, width = window.output
+    columns = -(-width // tile_columns) * tile_columns
+    taps_w = PAIR * depth if channels_first else window.taps[1]
+    needed = (columns - 1) * window.strides[1] + window.dilation[1] * (taps_w - 1) + 1
+    if channels_first:
+        source = _planes(pairs, data, window, width=needed)
+    else:
+        needed = needed if columns > width else 0
+        source = _padded(pairs, data, window, width=needed, channels=PAIR * depth)
+    first, second = te.reduce_axis((0, outer), "r"), te.reduce_axis((0, inner), "s")
+    pair = te.reduce_axis((0, depth), "pair")
+
+    def read(n: tirx.Var, h: tirx.Var, w: tirx.Var, half: int) -> tirx.Expr:
+        y, x = h * window.strides[0], w * window.strides[1]
+        if channels_first:
+            return source[n, first, y + second * window.dilation[0], x + PAIR * pair + half]
+        y, x = y + first * window.dilation[0], x + second * window.dilation[1]
+        return source[n, y, x, PAIR * pair + half]
+
+    sums = te.compute(
+        (window.shape[0], height, columns, blocks * tile),
+        lambda n, h, w, k: pairs.sum(
+            lambda half: read(n, h, w, half),
+            weight[k // tile, first, second, pair, k % tile],
+            axis=[first, second, pair],
+        ),
+        name="conv_acc",
+    )
+    if blocks * tile == channels and columns == width:
+        return sums
+    return te.compute(
+        (window.shape[0], height, width, channels), lambda *i: sums[i], name="conv_cut"
+    )
+
+
+def legalize_half_conv2d(
+    machine: Machine, compact: bool, bb: relax.BlockBuilder, call: relax.Call
+) -> relax.Expr:
+    """Legalize one convolution of 16-bit floats; ``compact`` forgoes Winograd."""
+    pairs = Pairs.of(machine, str(call.args[1].ty.dtype))
+    if pairs is None:
+        return legalize_conv2d(machine, compact, bb, call)
+    data, weight = call.args
+    values = weight.value.numpy()
+    channels, taps_h, taps_w, depth = values.shape
+    window = Window.of(data, (taps_h, taps_w), call.attrs)
+    transform = None
+    if not compact and depth % PAIR == 0:
+        transform = choose_transform(machine, window, channels=channels, pairs=True)
+    if transform is not None:
+        return _winograd(machine, pairs, bb, data, values, window, transform)
+    height, width = window.output
+    data, channels_first = through_layout_change(bb, data)
+    if window.dilation[1] > 1:
+        data, channels_first = call.args[0], False
+    data = rounded_source(bb, data)
+    if channels_first:
+        values = values.transpose(0, 3, 1, 2)
+    tile = choose_tile(
+        machine,
+        height=height,
+        width=width,
+        channels=channels,
+        depth=-(-values.shape[3] // PAIR),
+        taps=values.shape[1] * values.shape[2],
+    )
+    return bb.call_te(
+        partial(
+            conv2d,
+            pairs=pairs,
+            window=window,
+            channels=channels,
+            tile_columns=tile.columns,
+            channels_first=channels_first,
+        ),
+        data,
+        relax.const(pack_conv2d(values, tile.vectors * machine.lanes)),
+        primfunc_name_hint="conv2d_half",
+        primfunc_attrs=ANCHOR,
+    )
+
+
+def _winograd(
+    machine: Machine,
+    pairs: Pairs,
+    bb: relax.BlockBuilder,
+    data: relax.Expr,
+    weight: np.ndarray,
+    window: Window,
+    transform: Transform,
+) -> relax.Expr:
+    channels, _, _, depth = weight.shape
+    height, width = window.output
+    m = transform.tile
+    tiles = window.shape[0] * -(-height // m) * -(-width // m)
+    tile = choose_tile(
+        machine, height=1, width=tiles, channels=channels, depth=depth // PAIR, taps=1
+    )
+    points = transform_weight(weight.astype("float32"), transform, tile.vectors * machine.lanes)
+    rounded = points.astype(weight.dtype)
+    *outer, _, pack = rounded.shape
+    packed = words(rounded.reshape(*outer, depth // PAIR, PAIR, pack).swapaxes(-1, -2))
+    return bb.call_te(
+        partial(
+            winograd_conv2d,
+            window=window,
+            transform=transform,
+            channels=channels,
+            tile_rows=tile.columns,
+            pairs=pairs,
+        ),
+        data,
+        relax.const(packed),
+        primfunc_name_hint="winograd_conv2d_half",
+        primfunc_attrs=ANCHOR,
+    )
