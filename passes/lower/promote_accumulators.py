@@ -11,11 +11,8 @@ import tvm
 from tvm import tirx
 from tvm.s_tir.pipeline import default_s_tir_pipeline
 
-<<<<<<< ours
 from .configure_tiles import ConfigureTiles
-=======
 from .import_intrinsics import ImportIntrinsics
->>>>>>> theirs
 
 # A thread's stack is 8 MiB by default, and 64 KiB is the least a POSIX thread may have on Linux
 # targets of ours; a register tile needs 2 KiB and a padded row patch rarely more than 16.
@@ -91,11 +88,7 @@ def tir_pipeline() -> tvm.transform.Pass:
 
     def finalize() -> tvm.transform.Pass:
         return tvm.transform.Sequential(
-<<<<<<< ours
-            [ConfigureTiles(), PromoteAccumulators(), finalize_host()]
-=======
-            [PromoteAccumulators(), ImportIntrinsics(), finalize_host()]
->>>>>>> theirs
+            [ConfigureTiles(), PromoteAccumulators(), ImportIntrinsics(), finalize_host()]
         )
 
     return lower, finalize, finalize_device
