@@ -77,15 +77,18 @@ def _rewrite(statement: tirx.Stmt) -> tirx.Stmt:
     return statement
 
 
-def _uses_tiles(body: tirx.Stmt) -> bool:
-    found: list[bool] = []
-
-    def visit(node: object) -> None:
-        if isinstance(node, tirx.For) and CONFIGURE in node.annotations:
-            found.append(True)
-
-    tirx.stmt_functor.post_order_visit(body, visit)
-    return bool(found)
+def _uses_tiles(statement: tirx.Stmt) -> bool:
+    """Say whether a loop with the annotation is where `_rewrite` looks for one."""
+    if isinstance(statement, tirx.SeqStmt):
+        return any(_uses_tiles(part) for part in statement.seq)
+    if isinstance(statement, tirx.For):
+        return CONFIGURE in statement.annotations or _uses_tiles(statement.body)
+    if isinstance(statement, tirx.AttrStmt):
+        return _uses_tiles(statement.body)
+    if isinstance(statement, tirx.IfThenElse):
+        parts = [statement.then_case, statement.else_case]
+        return any(part is not None and _uses_tiles(part) for part in parts)
+    return False
 
 
 @tirx.transform.prim_func_pass(opt_level=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
-from tvm.script import tirx as T
+from tvm.script import tirx as T  # noqa: N812
 
 from hone.passes.lower.configure_tiles import ConfigureTiles
 from hone.targets.tile_intrinsics import CONFIGURE
