@@ -52,7 +52,7 @@ def test_every_iteration_configures_when_a_loop_is_parallel() -> None:
 
 def test_the_loop_is_configured_as_a_whole_when_it_is_serial() -> None:
     after = ConfigureTiles()(loops("serial"))
-    order = ["ldtilecfg", "in range(8)", "in range(4)", "tilerelease"]
+    order = ["ldtilecfg", "T.grid(8, 4)", "tilerelease"]
     assert sorted(order, key=lambda text: position(after, text)) == order
 
 
