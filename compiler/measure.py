@@ -22,6 +22,9 @@ NOISE = 0.02
 RESAMPLES = 2000
 # Threads of a peer's pool go on spinning for a moment after its last run.
 SETTLE_S = 0.002
+# Threads that slept meanwhile take some tens of microseconds to come back, which are several runs
+# of a small model.
+WAKE_S = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +114,18 @@ class InProcess:
     run: Callable[[], object]
 
     def block(self, runs: int) -> list[float]:
-        """Run ``runs`` times and return the seconds of each."""
-        seconds = []
-        for _ in range(runs):
+        """Run ``runs`` times and return the seconds of each.
+
+        Runs that end within `WAKE_S` after the start do not count.
+        """
+        seconds: list[float] = []
+        awake = time.perf_counter_ns() + WAKE_S * 1e9
+        while len(seconds) < runs:
             start = time.perf_counter_ns()
             self.run()
-            seconds.append((time.perf_counter_ns() - start) * 1e-9)
+            end = time.perf_counter_ns()
+            if end >= awake:
+                seconds.append((end - start) * 1e-9)
         return seconds
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hone.measure import NOISE, Measurement, Outcome, Rounds, Speedup, measure
+from hone import measure as module
+from hone.measure import NOISE, WAKE_S, InProcess, Measurement, Outcome, Rounds, Speedup, measure
 
 
 class Scripted:
@@ -22,6 +23,20 @@ class Scripted:
         taken = [self._seconds[(self._next + i) % len(self._seconds)] for i in range(runs)]
         self._next += runs
         return taken
+
+
+@pytest.mark.parametrize(("run_s", "dropped"), [(0.1 * WAKE_S, 9), (3 * WAKE_S, 0)])
+def test_runs_do_not_count_while_threads_wake_up(monkeypatch, run_s: float, dropped: int) -> None:
+    clock = [0]
+    monkeypatch.setattr(module.time, "perf_counter_ns", lambda: clock[0])
+    runs = []
+
+    def run() -> None:
+        runs.append(1)
+        clock[0] += round(run_s * 1e9)
+
+    assert InProcess(run).block(4) == pytest.approx([run_s] * 4)
+    assert len(runs) == 4 + dropped
 
 
 def two(a: np.ndarray, b: np.ndarray) -> Measurement:
