@@ -29,6 +29,7 @@ from hone.steps.options.prune import PruneStep
 from hone.steps.options.section import Count, Fraction, Seconds, Section
 from hone.steps.options.split import SplitStep
 from hone.steps.options.tune import TuneStep
+from hone.steps.options.weights import WeightsStep
 
 
 class ModelSection(Section):
@@ -122,7 +123,9 @@ class MeasureSection(Section):
         return self
 
 
-Step = Annotated[PruneStep | Int8Step | SplitStep | TuneStep, Field(discriminator="kind")]
+Step = Annotated[
+    PruneStep | Int8Step | WeightsStep | SplitStep | TuneStep, Field(discriminator="kind")
+]
 
 
 class Recipe(Section):

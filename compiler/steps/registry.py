@@ -9,13 +9,14 @@ from typing import Any, Final
 from hone.kernel_table import rebound
 from hone.model import Model
 
-from . import int8, prune, split, tune
+from . import int8, prune, split, tune, weights
 from .candidate import Candidate, Context
 from .options.section import StepSection
 
 PROPOSE: Final[Mapping[str, Callable[[Model, Any, Context], Candidate | str]]] = {
     "prune": prune.propose,
     "int8": int8.propose,
+    "weights": weights.propose,
     "split": split.propose,
     "tune": tune.propose,
 }
