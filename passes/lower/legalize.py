@@ -17,9 +17,11 @@ from hone.passes.quantize.legalize import rules as integer_rules
 from hone.targets.schedule.machine import Machine
 
 from .anchors import default_legalization
+from .attention import legalize_attention
 from .conv2d import legalize_conv2d
 from .dense import legalize_matmul
 from .elementary import ELEMENTARY_RULES
+from .fuse_attention import FuseAttention
 from .half import is_half, legalize_astype
 from .half_conv2d import legalize_half_conv2d
 from .half_dense import legalize_half_matmul
@@ -29,7 +31,7 @@ from .reductions import STATISTICS, legalize_statistic
 from .weight_only import legalize_decode
 from .weight_only import rules as weight_only_rules
 
-READ_THROUGH = ("relax.permute_dims", "relax.astype", DECODE_WEIGHTS)
+READ_THROUGH = ("relax.permute_dims", "relax.astype", "relax.strided_slice", DECODE_WEIGHTS)
 
 Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
@@ -74,6 +76,8 @@ class LegalizeForCPU:
                     "relax.take": default_legalization,
                 },
             ),
+            "relax.nn.attention": partial(legalize_attention, self._machine),
+            "relax.nn.attention_bias": partial(legalize_attention, self._machine),
             "relax.nn.max_pool2d": legalize_max_pool2d,
             "relax.nn.softmax": partial(legalize_softmax, False, self._machine),
             "relax.nn.log_softmax": partial(legalize_softmax, True, self._machine),
@@ -91,6 +95,7 @@ class LegalizeForCPU:
         transform = relax.transform
         return tvm.transform.Sequential(
             [
+                FuseAttention(self._machine),
                 # These are read through by the kernels behind them; what is left comes last.
                 transform.LegalizeOps(own, skip_ops=list(READ_THROUGH)),
                 transform.DeadCodeElimination(),

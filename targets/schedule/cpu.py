@@ -13,6 +13,7 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import SBlockRV
 
+from .attention import schedule_attention
 from .blocks import DoesNotFitError, is_scheduled, leaves, name_of
 from .contraction import schedule_batch_matmul, schedule_conv2d, schedule_dense
 from .generic import schedule_generic
@@ -34,7 +35,8 @@ class Decision:
     kernel : str
         Name of the PrimFunc.
     rule : str
-        ``conv2d``, ``dense``, ``batch_matmul``, ``window``, ``winograd``, ``rows``, ``columns``,
+        ``conv2d``, ``dense``, ``batch_matmul``, ``attention``, ``window``, ``winograd``, ``rows``,
+        ``columns``,
         ``weight_only_dense``, ``weight_only_groups``, ``tiles``, ``generic``,
         ``record`` or ``none``.
     reason : str
@@ -58,6 +60,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("tile_acc", "tiles"),
         ("qmm_acc", "dot_dense"),
         ("wino_acc", "winograd"),
+        ("attn_acc", "attention"),
         ("row_total", "rows"),
         ("col_", "columns"),
     ):
@@ -75,6 +78,7 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
 
     whole = {
         "generic": schedule_generic,
+        "attention": schedule_attention,
         "rows": schedule_rows,
         "columns": schedule_columns,
         "winograd": schedule_winograd,

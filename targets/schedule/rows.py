@@ -83,7 +83,7 @@ def _fuse_leading(schedule: s_tir.Schedule, output: SBlockRV, leading: list[int]
     raise DoesNotFitError("the output does not begin with the axes that are kept")
 
 
-def _vectorize(
+def vectorize_contiguous(
     schedule: s_tir.Schedule, machine: Machine, block: SBlockRV, *, outer_loops: int
 ) -> None:
     """Vectorize the contiguous axis of a block; reductions keep it inside the reduced axes."""
@@ -132,7 +132,7 @@ def schedule_rows(schedule: s_tir.Schedule, machine: Machine) -> None:
     leading = [extent for extent in shape if extent > 1]
     if not leading:
         for block in blocks:
-            _vectorize(schedule, machine, block, outer_loops=_unit_loops(schedule, block))
+            vectorize_contiguous(schedule, machine, block, outer_loops=_unit_loops(schedule, block))
         return
     work = sum(cycles(schedule, block, machine.lanes) for block in blocks)
     row = _fuse_leading(schedule, output, leading)
@@ -140,8 +140,8 @@ def schedule_rows(schedule: s_tir.Schedule, machine: Machine) -> None:
     if work >= MIN_PARALLEL_CYCLES:
         schedule.parallel(row)
     for block in _others(schedule, output):
-        _vectorize(schedule, machine, block, outer_loops=1 + units)
-    _vectorize(schedule, machine, output, outer_loops=1)
+        vectorize_contiguous(schedule, machine, block, outer_loops=1 + units)
+    vectorize_contiguous(schedule, machine, output, outer_loops=1)
 
 
 def _unit_loops(schedule: s_tir.Schedule, block: SBlockRV) -> int:
@@ -202,4 +202,4 @@ def schedule_columns(schedule: s_tir.Schedule, machine: Machine) -> None:
     if work >= MIN_PARALLEL_CYCLES:
         schedule.parallel(task)
     for block in leaves(schedule):
-        _vectorize(schedule, machine, block, outer_loops=1)
+        vectorize_contiguous(schedule, machine, block, outer_loops=1)
