@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 # but a float that lies on the border of two levels at a float-to-integer step may round to the
 # other one on another machine; one level of 255 at the output, with room for two such steps.
 GOLDEN_TOLERANCE = {"fp32": 1e-4, "int8": 0.02}
+# Of a tuning budget, for the ways to lower layers, which come before the schedules; and the least
+# budget that leaves it time for more than its start.
+LOWERING_SHARE = 0.3
+LEAST_LOWERING_S = 60.0
 GOLDEN_SEED = 20261121
 GOLDEN_SAMPLES = 2
 
@@ -117,7 +121,13 @@ def assemble(
     integers, quantization = _in_integers(model)
     if quantization is not None and quantization.quantized:
         precision = "int8"
-    lowered = pipeline.lower(integers.module, target, threads=threads, compact=compact)
+    lowered = pipeline.lower(
+        integers.module,
+        target,
+        threads=threads,
+        compact=compact,
+        decided=None if database is None else database.lowerings(),
+    )
     scheduled = pipeline.schedule(lowered, target, threads=threads, database=database)
     library = pipeline.link(scheduled.module, target, threads=threads)
     floats = [t.name for t in model.signature.outputs if t.dtype.startswith("float")]
@@ -380,12 +390,28 @@ def search(
             hint="compile without --tune, or tune on such a machine and copy its database",
         )
     from .tune import tune as tune_kernels
+    from .tuning.choices import tune_lowerings
 
     model, _ = _in_integers(model)
-    lowered: tvm.IRModule = pipeline.lower(model.module, target, threads=threads, compact=compact)
-    return tune_kernels(
+    lowering = None
+    if seconds >= LEAST_LOWERING_S:
+        lowering = tune_lowerings(
+            model.module,
+            target,
+            threads=threads,
+            budget_s=LOWERING_SHARE * seconds,
+            database=database,
+            compact=compact,
+            progress=progress,
+        )
+        seconds -= lowering.elapsed_s
+    lowered: tvm.IRModule = pipeline.lower(
+        model.module, target, threads=threads, compact=compact, decided=database.lowerings()
+    )
+    result = tune_kernels(
         lowered, target, threads=threads, budget_s=seconds, database=database, progress=progress
     )
+    return replace(result, lowering=lowering)
 
 
 def tune(
