@@ -25,11 +25,11 @@ from pydantic import (
 from hone.errors import UsageError
 from hone.recipe_problems import explain
 from hone.steps.options.int8 import Int8Step
+from hone.steps.options.mixed import MixedStep
 from hone.steps.options.prune import PruneStep
 from hone.steps.options.section import Count, Fraction, Seconds, Section
 from hone.steps.options.split import SplitStep
 from hone.steps.options.tune import TuneStep
-from hone.steps.options.weights import WeightsStep
 
 
 class ModelSection(Section):
@@ -124,7 +124,7 @@ class MeasureSection(Section):
 
 
 Step = Annotated[
-    PruneStep | Int8Step | WeightsStep | SplitStep | TuneStep, Field(discriminator="kind")
+    PruneStep | Int8Step | MixedStep | SplitStep | TuneStep, Field(discriminator="kind")
 ]
 
 
