@@ -30,6 +30,7 @@ from hone.steps.options.prune import PruneStep
 from hone.steps.options.section import Count, Fraction, Seconds, Section
 from hone.steps.options.split import SplitStep
 from hone.steps.options.tune import TuneStep
+from hone.steps.options.weights import WeightsStep
 
 
 class ModelSection(Section):
@@ -124,7 +125,8 @@ class MeasureSection(Section):
 
 
 Step = Annotated[
-    PruneStep | Int8Step | MixedStep | SplitStep | TuneStep, Field(discriminator="kind")
+    PruneStep | Int8Step | MixedStep | WeightsStep | SplitStep | TuneStep,
+    Field(discriminator="kind"),
 ]
 
 

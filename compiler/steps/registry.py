@@ -9,7 +9,7 @@ from typing import Any, Final
 from hone.kernel_table import rebound
 from hone.model import Model
 
-from . import int8, mixed, prune, split, tune
+from . import int8, mixed, prune, split, tune, weights
 from .candidate import Candidate, Context
 from .options.section import StepSection
 
@@ -17,6 +17,7 @@ PROPOSE: Final[Mapping[str, Callable[[Model, Any, Context], Candidate | str]]] =
     "prune": prune.propose,
     "int8": int8.propose,
     "mixed": mixed.propose,
+    "weights": weights.propose,
     "split": split.propose,
     "tune": tune.propose,
 }
