@@ -21,6 +21,7 @@ from hone.passes.lower.legalize import LegalizeForCPU
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 from hone.passes.lower.unify_convolutions import UnifyConvolutions
 from hone.passes.quantize.match_qdq import MatchQdq
+from hone.targets import features
 from hone.targets.schedule.cpu import Decision, ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
@@ -267,6 +268,7 @@ def build_executable(
     scheduled: tvm.IRModule, target: Target, *, threads: int
 ) -> relax.VMExecutable:
     """Generate machine code for a scheduled module, in this process."""
+    features.request_tiles()
     tvm_target = target.tvm_target(threads)
     with tvm_target:
         module = _run(finalize_stages(), scheduled)

@@ -67,8 +67,7 @@ def load(source: str | os.PathLike[str] | bytes | Package, threads: int | None =
     _check_version(package.manifest, runtime, where)
     if package.manifest.needs_runtime_extra:
         runtime.require_extra()
-    if any(name.startswith("amx-") for name in package.manifest.target.features):
-        features.request_tiles()
+    _request_tiles(package.manifest, where)
     return Runner(package, _grant(threads, package.manifest.target.threads), runtime)
 
 
@@ -277,6 +276,20 @@ def _check_machine(manifest: Manifest, where: str | None) -> None:
             where=where,
             hint=rebuild,
         )
+
+
+def _request_tiles(manifest: Manifest, where: str | None) -> None:
+    """Ask the kernel for AMX tiles where the code uses them: without, it ends the process."""
+    if "amx-tile" not in manifest.target.features or features.request_tiles():
+        return
+    raise PackageError(
+        "the package's code uses AMX tiles, and the operating system refuses them to this process "
+        "(arch_prctl ARCH_REQ_XCOMP_PERM).",
+        where=where,
+        hint="allow the call where a seccomp filter forbids it, and give every thread's alternate "
+        "signal stack the size that getauxval(AT_MINSIGSTKSZ) asks for; or rebuild the package "
+        f"without tiles: `--target {manifest.target.name},-amx-tile`.",
+    )
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -383,6 +383,19 @@ def test_tiles_are_requested_when_the_code_may_use_them(tiny, monkeypatch, wante
     assert requests == ([1] if wanted else [])
 
 
+def test_package_is_refused_when_the_kernel_grants_no_tiles(tiny, monkeypatch):
+    monkeypatch.setattr(features, "missing", lambda names, arch: ())
+    monkeypatch.setattr(features, "request_tiles", lambda: False)
+    package = tiny.package(target=tiny.target(features=("amx-int8", "amx-tile")))
+    with pytest.raises(PackageError) as caught:
+        runtime.load(package)
+    assert str(caught.value).startswith(
+        "the package's code uses AMX tiles, and the operating system refuses them to this process "
+        "(arch_prctl ARCH_REQ_XCOMP_PERM)."
+    )
+    assert f"`--target {package.manifest.target.name},-amx-tile`" in caught.value.hint
+
+
 # --- threads --------------------------------------------------------------------------------
 
 
