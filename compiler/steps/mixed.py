@@ -6,6 +6,7 @@ compiling, running and timing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -86,8 +87,13 @@ def _ground(
     surveyed = survey(model.module["main"])
     names = [site.layer for site in surveyed.sites if site.kind in WEIGHTED]
     names += [each.layer for each in surveyed.skipped]
-    graph = tensor_graph(model.module, names)
-    return Ground(model=model, layers=graph.layers, skip=frozenset(skip), calibrated=found)
+    split = {name: "is several operators" for name, count in Counter(names).items() if count > 1}
+    return Ground(
+        model=model,
+        layers=tensor_graph(model.module, names).layers,
+        refused={**split, **dict.fromkeys(skip, "kept in float by request")},
+        calibrated=found,
+    )
 
 
 def _key(model: Model, step: MixedStep, data: Dataset, trials: Trials) -> dict[str, Any]:
@@ -127,15 +133,11 @@ class _Oracle:
 
     def question(self) -> Question:
         """Return what is searched for."""
-        refused = {
-            name: {**dict.fromkeys(self._ground.skip, "kept in float by request"), **each.refused}
-            for name, each in self._quantizers.items()
-        }
         return Question(
             layers=self._ground.layers,
             precisions=tuple(self._step.precisions),
             budget=self._trials.budget,
-            refused=refused,
+            refused={name: each.refused for name, each in self._quantizers.items()},
             activations={name: each.activations for name, each in self._quantizers.items()},
         )
 
@@ -253,10 +255,8 @@ class _Oracle:
         if self._trials.measure is not None:
             calls = self._calls(self._version(answer.assignment))
         times = layer_us(calls, self._ground.layers, conversions(model.module))
-        counts = [
-            f"{list(answer.assignment.values()).count(name)} in {name}"
-            for name in self._step.precisions
-        ]
+        given = Counter(answer.assignment.values())
+        counts = [f"{given[name]} in {name}" for name in self._step.precisions if name in given]
         note = (
             f"{', '.join(counts)} of {len(self._ground.layers)} layers, {_probes(answer.probes)}"
             + ("" if answer.complete else ", the time limit came first")

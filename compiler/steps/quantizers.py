@@ -8,19 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, Protocol
 
 import numpy as np
 import tvm
 from tvm import relax
 
+from hone.mixed.oracle import FLOAT
 from hone.model import Model
+from hone.passes.graph.dataflow import Dataflow, layer_of
 from hone.passes.quantize import operators
+from hone.passes.quantize.decode_operator import Decoded, decode_call
 from hone.passes.quantize.integer_layer import quantize_weights
 from hone.passes.quantize.qparams import UINT8, QParams, dequantize
 from hone.passes.quantize.quantize_int8 import Quantization, weighted_sites
+from hone.passes.quantize.quantize_weights import quantize_weight_only
 from hone.passes.quantize.site import Kind
 from hone.passes.quantize.switch_layers import Emulation
+from hone.passes.quantize.weight_schemes import Granularity, WeightOptions
 
 from .int8 import Calibrated
 
@@ -35,15 +41,15 @@ class Ground:
         In NHWC, batch norm folded.
     layers : tuple of str
         Binding names of its convolutions and matrix products, in graph order.
-    skip : frozenset of str
-        Those that stay in float by request.
+    refused : mapping of str to str
+        Those that stay in float whatever the precision, with the reason.
     calibrated : Calibrated or None
         Of the very same network; only where 8-bit integers are among the precisions.
     """
 
     model: Model
     layers: tuple[str, ...]
-    skip: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict)
     calibrated: Calibrated | None = None
 
 
@@ -102,13 +108,14 @@ class Int8Quantizer:
             raise ValueError("8-bit integers need calibration")
         self._layers = ground.layers
         self._calibrated = ground.calibrated
-        fitting = {each.layer for each in self._calibrated.quantize().quantized}
-        skipped = {each.layer: each.reason for each in self._calibrated.quantize().skipped}
+        whole = self._calibrated.quantize()
+        fitting = {each.layer for each in whole.quantized}
+        skipped = {each.layer: each.reason for each in whole.skipped}
         self.refused: Mapping[str, str] = {
             layer: skipped.get(layer, "no integer operator computes it")
             for layer in ground.layers
             if layer not in fitting
-        }
+        } | dict(ground.refused)
 
     def emulations(self) -> dict[str, Emulation]:
         """Return weights and inputs that go to their levels and back."""
@@ -120,6 +127,8 @@ class Int8Quantizer:
         for site, data in sites:
             if site.layer in self.refused:
                 continue
+            if calibrated.rounded is not None:
+                site = replace(site, rounded=calibrated.rounded.get(site.layer))
             weight = dequantize(*quantize_weights(site, data)).astype(np.float32)
             found[site.layer] = Emulation(
                 weight=weight if site.kind is Kind.CONV2D else np.ascontiguousarray(weight.T),
@@ -155,5 +164,55 @@ def _levels_and_back(data: QParams) -> tuple[Callable[[relax.Expr], relax.Expr],
     )
 
 
-QUANTIZERS: Final[Mapping[str, Callable[[Ground], Quantizer]]] = {"int8": Int8Quantizer}
+class WeightQuantizer:
+    """Weights in a few bits, which kernels decode; activations in float.
+
+    Parameters
+    ----------
+    ground : Ground
+        Any.
+    options : WeightOptions
+        How weights are quantized.
+    """
+
+    activations = FLOAT
+    package = FLOAT
+
+    def __init__(self, ground: Ground, options: WeightOptions) -> None:
+        self._layers = ground.layers
+        self._options = options
+        self._result = quantize_weight_only(ground.model.module, options)
+        fitting = {each.layer for each in self._result.quantized}
+        skipped = {each.layer: each.reason for each in self._result.skipped}
+        self.refused: Mapping[str, str] = {
+            layer: skipped.get(layer, "it has no weights that are constant")
+            for layer in ground.layers
+            if layer not in fitting
+        } | dict(ground.refused)
+
+    def emulations(self) -> dict[str, Emulation]:
+        """Return weights that go to their levels and back."""
+        graph = Dataflow(self._result.module["main"])
+        found: dict[str, Emulation] = {}
+        for binding in graph.bindings:
+            call = decode_call(binding.value)
+            layer = layer_of(binding.var)
+            if call is not None and layer in self._layers and layer not in self.refused:
+                found[layer] = Emulation(weight=Decoded.of(call).real().astype(np.float32))
+        return found
+
+    def write(self, module: tvm.IRModule, layers: Collection[str]) -> Written:
+        """Return the module with the weights of these layers in a few bits."""
+        present = {layer_of(binding.var) for binding in Dataflow(module["main"]).bindings}
+        kept = present.difference(layers)
+        return Written(module=quantize_weight_only(module, self._options, keep_float=kept).module)
+
+
+QUANTIZERS: Final[Mapping[str, Callable[[Ground], Quantizer]]] = {
+    "int8": Int8Quantizer,
+    "int8-weights": partial(WeightQuantizer, options=WeightOptions(bits=8)),
+    "int4-weights": partial(
+        WeightQuantizer, options=WeightOptions(bits=4, granularity=Granularity.GROUP)
+    ),
+}
 """By name, as a recipe writes it; `hone.steps.options.mixed.Precision` lists the same names."""

@@ -28,6 +28,10 @@ def test_title_names_precisions_and_calibration():
         ({"precisions": []}, "step[0].precisions: required is "),
         ({"precisions": ["int9"]}, "step[0].precisions[0]: required is "),
         ({"precisions": ["int8", "int8"]}, "precisions: listed twice: int8"),
+        (
+            {"precisions": ["int4-weights"], "observer": "mse", "rounding": "adaptive"},
+            "observer, rounding: only for int8, which is not among the precisions",
+        ),
         ({"samples": 0}, "step[0].samples: required is greater than or equal to 1, given is 0"),
         ({"seconds": 0}, "step[0].seconds: required is greater than 0, given is 0"),
         ({"percentile": 99.0}, 'percentile is for observer = "percentile"'),

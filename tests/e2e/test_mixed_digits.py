@@ -19,7 +19,14 @@ FOLDER = files("hone.models") / "digits"
 LAYERS = ["/conv1/Conv", "/conv2/Conv", "/conv3/Conv", "/fc/Gemm"]
 
 
-def build(folder: Path, *, metric: str = "relative_error", budget: float, **step: object) -> Report:
+def build(
+    folder: Path,
+    *,
+    metric: str = "relative_error",
+    goal: str = "latency",
+    budget: float,
+    **step: object,
+) -> Report:
     data = {
         "model": {"path": str(FOLDER / "digits.onnx")},
         "target": {"threads": 1},
@@ -28,7 +35,7 @@ def build(folder: Path, *, metric: str = "relative_error", budget: float, **step
             "evaluation": str(FOLDER / "evaluation.npz"),
             "metric": metric,
         },
-        "goal": {"max_accuracy_drop": budget},
+        "goal": {"goal": goal, "max_accuracy_drop": budget},
         "output": {"directory": str(folder)},
         "measure": {"baselines": [], "rounds": 3, "runs": 4, "warmup": 1},
         "step": [{"kind": "mixed", "samples": 2, **step}],
@@ -118,3 +125,18 @@ def digits() -> Model:
     from hone.importer import load
 
     return load(FOLDER / "digits.onnx")
+
+
+def test_layers_that_one_precision_leaves_get_the_next_when_size_counts(folder: Path):
+    precisions = ["int4-weights", "int8-weights"]
+    row = mixed_row(build(folder, goal="size", budget=0.055, precisions=precisions))
+    assert {each.precision for each in row.precisions} == set(precisions)
+    assert row.verdict is Verdict.KEPT
+    assert row.output_error is not None
+    assert row.output_error <= 0.055
+    for each in row.precisions:
+        errors = {name: cost.error or 0.0 for name, cost in each.costs.items()}
+        assert errors["fp32"] < errors["int8-weights"] < errors["int4-weights"]
+        assert all(cost.microseconds is None for cost in each.costs.values())
+        if each.precision == "int8-weights":
+            assert each.reason == "int4-weights: costs more accuracy than the budget allows"
