@@ -99,6 +99,10 @@ def diff(old: Path, new: Path, fail_slower: float | None, as_json: bool) -> None
     else:
         rows = [differ.cells(row) for row in comparison.rows]
         output.table(differ.COLUMNS, rows, right=differ.RIGHT)
+        if comparison.precisions:
+            click.echo()
+            changes = [differ.precision_cells(change) for change in comparison.precisions]
+            output.table(differ.PRECISION_COLUMNS, changes)
     for warning in comparison.warnings:
         output.note(f"warning: {warning}")
     if fail_slower is None:
