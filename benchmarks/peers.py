@@ -1,7 +1,9 @@
 """Compare hone with its peers: every reference network, each in one interleaved run.
 
-``python benchmarks/peers.py [--only NAME] [--threads N] [--json]``. Networks but the trained digits
-have random weights, so this compares speed, not accuracy; hone compiles without tuning.
+``python benchmarks/peers.py [--only NAME] [--precision P] [--threads N] [--json]``. Networks but
+the trained digits have random weights, so this compares speed, not accuracy; hone compiles without
+tuning. bf16: OpenVINO is allowed it too; onnxruntime has no kernels for it on processors and stays
+fp32. int8: everybody is given the QDQ model that onnxruntime's quantizer makes.
 """
 
 from __future__ import annotations
@@ -14,22 +16,55 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hone import models
+from hone import driver, models, parity
 from hone.bench import Bench, bench
+from hone.importer import load
 from hone.measure import Rounds
 
 PEERS = ("onnxruntime", "openvino")
 DIGITS = Path(__file__).parents[1] / "models" / "digits" / "digits.onnx"
 
 
-def compare(name: str, folder: Path, *, threads: int, rounds: int) -> Bench:
+def compare(name: str, folder: Path, *, precision: str, threads: int, rounds: int) -> Bench:
     """Measure one network in hone and in every peer that is installed."""
-    path = DIGITS
-    if name != "digits":
-        path = folder / f"{name}.onnx"
-        path.write_bytes(models.build(name).SerializeToString())
+    network = folder / f"{name}.onnx"
+    network.write_bytes(
+        DIGITS.read_bytes() if name == "digits" else models.build(name).SerializeToString()
+    )
+    if precision == "int8":
+        network = quantized(network)
+    package = driver.compile(load(network), threads=threads, precision=precision)
+    # The peers take the model that lies beside the package and has the hash that it names.
+    path = folder / f"{name}.hone"
+    package.save(path)
     installed = [peer for peer in PEERS if find_spec(peer)]
     return bench([path], vs=installed, threads=threads, rounds=Rounds(rounds=rounds))
+
+
+def quantized(network: Path) -> Path:
+    """Return the QDQ form of a network, by onnxruntime's static quantizer on random inputs."""
+    from onnxruntime import quantization
+
+    inputs = [parity.random_inputs(load(network), seed=seed) for seed in range(8)]
+
+    class Samples(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self._left = iter(inputs)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self._left, None)
+
+    qdq = network.with_suffix(".int8.onnx")
+    quantization.quantize_static(
+        network,
+        qdq,
+        Samples(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+    )
+    return qdq
 
 
 def rows(name: str, result: Bench) -> list[dict[str, Any]]:
@@ -73,6 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     names = ("digits", *(name for name in models.names() if name != "digits-cnn"))
     parser.add_argument("--only", choices=names, action="append", help="one network; repeatable")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -81,7 +117,13 @@ def main() -> int:
     environment: dict[str, Any] = {}
     with TemporaryDirectory(prefix="hone-peers-") as folder:
         for name in arguments.only or names:
-            result = compare(name, Path(folder), threads=arguments.threads, rounds=arguments.rounds)
+            result = compare(
+                name,
+                Path(folder),
+                precision=arguments.precision,
+                threads=arguments.threads,
+                rounds=arguments.rounds,
+            )
             environment = result.environment
             table = rows(name, result)
             everything += table

@@ -21,6 +21,8 @@ from .peers import Peer
 from .progress import Progress, silent
 from .rounding import is_quantized
 
+HALVES = ("bf16", "fp16")
+
 # Folders that are looked through for the model of a package: a project, not a whole disk.
 MOST_FOLDERS = 1000
 
@@ -88,7 +90,8 @@ def bench(
         have the same inputs.
     vs : sequence of str
         Peers. They run the ONNX model among the items, or the one that a package was made of,
-        which is looked for beside the package and below the current folder by its hash.
+        which is looked for beside the package and below the current folder by its hash; in 16-bit
+        floats where a package is, as far as they can.
     threads : int
         Threads of one run, for everybody; at most as many as there are processors.
     rounds : Rounds, optional
@@ -134,6 +137,9 @@ def bench(
     precisions: dict[str, str] = {
         name: runner.manifest.precision for name, runner in runners.items()
     }
+    # What hone may do with float layers, a peer may do too.
+    halves = [name for name in HALVES if name in precisions.values()]
+    floats = halves[0] if halves else "fp32"
     plan = rounds or Rounds()
     with ExitStack() as stack:
         for name in vs:
@@ -143,7 +149,9 @@ def bench(
                     hint=f"hone bench {items[0]} MODEL.onnx --vs {','.join(vs)}, "
                     "or put the model that the package was made of beside it",
                 )
-            peer = stack.enter_context(Peer(name, source.source, inputs, threads=threads))
+            peer = stack.enter_context(
+                Peer(name, source.source, inputs, threads=threads, precision=floats)
+            )
             contenders[name] = peer
             # What it was asked for is the precision of its float layers.
             quantized = is_quantized(source.source)

@@ -9,15 +9,13 @@ not used. Opening and counting need no TVM.
 from __future__ import annotations
 
 import hashlib
-import math
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .tuning import journal
+from .tuning.files import RECORDS, TASKS, WORKLOADS, RecordFiles
 from .tuning.records import (
     Applied,
     Entry,
@@ -39,28 +37,8 @@ if TYPE_CHECKING:
 
     from hone.targets.target import Target
 
-WORKLOADS = "database_workload.json"
-RECORDS = "database_tuning_record.json"
-TASKS = "hone_tasks.json"
-LOCK = "lock"
-SCRATCH = "session"
 
-
-def _is_workload(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
-
-
-def _is_record(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and isinstance(value[0], int)
-        and isinstance(value[1], list)
-        and len(value[1]) == 4
-    )
-
-
-class Database:
+class Database(RecordFiles):
     """Records of one target, thread count and TVM version.
 
     Any number of processes may read while one writes. Opening drops what a crash left half
@@ -77,112 +55,9 @@ class Database:
     """
 
     def __init__(self, root: Path, target: Target, *, threads: int) -> None:
-        self.folder = folder_of(root, target, threads=threads)
+        super().__init__(folder_of(root, target, threads=threads))
         self.target = target
         self.threads = threads
-        self.warnings: tuple[str, ...] = ()
-        self._appenders: dict[str, journal.Appender] | None = None
-        self._load()
-
-    def _load(self) -> bool:
-        """Read the files; return whether a writer has to repair them first."""
-        contents = {name: journal.read(self.folder / name) for name in (WORKLOADS, RECORDS, TASKS)}
-        warnings = [text for part in contents.values() for text in part.warnings]
-        repair = any(part.torn or None in part.values for part in contents.values())
-
-        self._workloads: list[list[Any]] = [
-            value if _is_workload(value) else ["0", None] for value in contents[WORKLOADS].values
-        ]
-        self._records: list[list[Any]] = []
-        self._of: dict[int, list[list[Any]]] = {}
-        dangling = 0
-        for value in contents[RECORDS].values:
-            if value is None:
-                continue
-            known = _is_record(value) and 0 <= value[0] < len(self._workloads)
-            if known and self._workloads[value[0]][1] is not None:
-                self._keep(value)
-            else:
-                dangling += 1
-        if dangling:
-            repair = True
-            path = self.folder / RECORDS
-            warnings.append(f"{path}: {dangling} records belong to no known kernel: ignored.")
-        self._tasks = [value for value in contents[TASKS].values if isinstance(value, dict)]
-        self.warnings = tuple(warnings)
-
-        self._positions: dict[str, int] = {}
-        for position, (key, module) in enumerate(self._workloads):
-            if module is not None:
-                self._positions.setdefault(key, position)
-        self._names: dict[str, str] = {}
-        self._untuned: dict[str, float] = {}
-        self._verdicts: dict[str, dict[str, Verdict]] = {}
-        for task in self._tasks:
-            self._note(task)
-        return repair
-
-    def _keep(self, line: list[Any]) -> None:
-        self._records.append(line)
-        self._of.setdefault(line[0], []).append(line[1])
-
-    def _note(self, task: dict[str, Any]) -> None:
-        key = str(task.get("workload"))
-        self._names.setdefault(key, str(task.get("name")))
-        seconds = task.get("untuned_s")
-        if isinstance(seconds, (int, float)) and seconds > 0:
-            self._untuned[key] = min(seconds, self._untuned.get(key, math.inf))
-        if str(task.get("verdict")) in set(Verdict):
-            verdict = Verdict(task["verdict"])
-            self._verdicts.setdefault(key, {})[str(task.get("record"))] = verdict
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Be the only writer: take the lock, repair and read again what others wrote.
-
-        Raises
-        ------
-        UsageError
-            If another process is writing; the message says which.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with journal.lock(self.folder / LOCK), ExitStack() as stack:
-            if self._load():
-                journal.rewrite(self.folder / WORKLOADS, self._workloads)
-                journal.rewrite(self.folder / RECORDS, self._records)
-                journal.rewrite(self.folder / TASKS, self._tasks)
-            self._appenders = {}
-            for name in (WORKLOADS, RECORDS, TASKS):
-                self._appenders[name] = journal.Appender(self.folder / name)
-                stack.callback(self._appenders[name].close)
-            try:
-                yield
-            finally:
-                self._appenders = None
-
-    @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """Give the writer a folder for temporary files; what a killed writer left there goes.
-
-        Yields
-        ------
-        Path
-            Empty; removed at the end.
-        """
-        if self._appenders is None:
-            raise RuntimeError("only a writer has a scratch folder: use `with database.writing()`")
-        folder = self.folder / SCRATCH
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _append(self, name: str, value: Any) -> None:
-        if self._appenders is None:
-            raise RuntimeError("the database is open for reading: use `with database.writing()`")
-        self._appenders[name].append(value)
 
     def add_record(self, workload: list[Any], record: list[Any]) -> None:
         """Append one record; it is on the disk when this returns.
@@ -201,11 +76,11 @@ class Database:
         """
         key = workload[0]
         if key not in self._positions:
-            self._append(WORKLOADS, workload)
+            self.append(WORKLOADS, workload)
             self._positions[key] = len(self._workloads)
             self._workloads.append(workload)
         line = [self._positions[key], record]
-        self._append(RECORDS, line)
+        self.append(RECORDS, line)
         self._keep(line)
 
     def add_task(self, workload: str, *, name: str, untuned_s: float | None) -> None:
@@ -221,7 +96,7 @@ class Database:
             None when it could not be measured.
         """
         task = {"workload": workload, "name": name, "untuned_s": untuned_s}
-        self._append(TASKS, task)
+        self.append(TASKS, task)
         self._tasks.append(task)
         self._note(task)
 
@@ -258,9 +133,38 @@ class Database:
             "model_s": model_s,
             "model_untuned_s": model_untuned_s,
         }
-        self._append(TASKS, line)
+        self.append(TASKS, line)
         self._tasks.append(line)
         self._note(line)
+
+    def add_lowering(self, point: str, option: str, *, tried: Sequence[str]) -> None:
+        """Note how layers are to be lowered at one point; the last note counts.
+
+        Parameters
+        ----------
+        point : str
+            As `hone.targets.schedule.machine.Machine.pick` names it.
+        option : str
+            The best option; empty for the model's own choice.
+        tried : sequence of str
+            The options that it was compared with inside a model.
+        """
+        line = {"point": point, "option": option, "tried": list(tried)}
+        self.append(TASKS, line)
+        self._tasks.append(line)
+        self._note(line)
+
+    def lowerings(self) -> dict[str, str]:
+        """Return the best option of each point where it is not the model's own choice."""
+        return {point: option for point, option in self._lowerings.items() if option}
+
+    def tried_lowerings(self) -> dict[str, set[str]]:
+        """Return the options of each point that were tried inside a model."""
+        tried: dict[str, set[str]] = {}
+        for task in self._tasks:
+            if "point" in task:
+                tried.setdefault(str(task["point"]), set()).update(task.get("tried", ()))
+        return tried
 
     def verdicts(self, workload: str) -> dict[str, Verdict]:
         """Return the verdicts on a kernel's records, by `hone.tuning.records.trace_key`.
@@ -350,6 +254,7 @@ class Database:
             for key, verdicts in self._verdicts.items()
             for record, verdict in verdicts.items()
         }
+        lines |= {journal.dumps([point, option]) for point, option in self.lowerings().items()}
         return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
 
     def as_tvm(self) -> meta_schedule.database.Database:

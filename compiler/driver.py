@@ -16,21 +16,18 @@ from hone.targets import features
 from hone.targets.target import Target, resolve
 
 from . import parity, pipeline, runtime
-from .calibration_cache import user_folder
 from .data import Dataset
-from .data import load as load_data
 from .database import Database
 from .errors import LockedError, ToolchainError, UsageError
 from .importing.boundary import unpackable
 from .importing.graph import raise_problems
-from .kernel_table import kernel_table, rebound
+from .kernel_table import kernel_table
 from .model import Model
 from .package import Package
 from .packaging.golden import Golden
 from .packaging.manifest import ProvenanceEntry, TargetEntry
 from .progress import Progress, silent
-from .steps import int8 as int8_step
-from .steps.candidate import Context
+from .quantized import Wanted
 from .steps.options.int8 import Int8Step
 from .weights import weights_bytes
 
@@ -44,6 +41,10 @@ if TYPE_CHECKING:
 # but a float that lies on the border of two levels at a float-to-integer step may round to the
 # other one on another machine; one level of 255 at the output, with room for two such steps.
 GOLDEN_TOLERANCE = {"fp32": 1e-4, "int8": 0.02}
+# Of a tuning budget, for the ways to lower layers, which come before the schedules; and the least
+# budget that leaves it time for more than its start.
+LOWERING_SHARE = 0.3
+LEAST_LOWERING_S = 60.0
 GOLDEN_SEED = 20261121
 GOLDEN_SAMPLES = 2
 
@@ -117,7 +118,13 @@ def assemble(
     integers, quantization = _in_integers(model)
     if quantization is not None and quantization.quantized:
         precision = "int8"
-    lowered = pipeline.lower(integers.module, target, threads=threads, compact=compact)
+    lowered = pipeline.lower(
+        integers.module,
+        target,
+        threads=threads,
+        compact=compact,
+        decided=None if database is None else database.lowerings(),
+    )
     scheduled = pipeline.schedule(lowered, target, threads=threads, database=database)
     library = pipeline.link(scheduled.module, target, threads=threads)
     floats = [t.name for t in model.signature.outputs if t.dtype.startswith("float")]
@@ -193,6 +200,7 @@ def compile(
     calibration: str | Dataset | None = None,
     int8: Int8Step | None = None,
     allow_random_calibration: bool = False,
+    goal: str = "latency",
     progress: Progress | None = None,
 ) -> Package:
     """Compile a model, check it against onnxruntime, and return a package.
@@ -221,6 +229,8 @@ def compile(
         How ``int8`` calibrates and quantizes, as in a recipe; its defaults when absent.
     allow_random_calibration : bool
         Whether ``random:N`` calibrates, which says nothing about real value ranges.
+    goal : {"latency", "size"}
+        ``size`` prefers small weights to speed, where a kernel has the choice.
     progress : Progress, optional
         Where to report.
 
@@ -246,49 +256,32 @@ def compile(
     resolved = resolve(target)
     if not isinstance(threads, int) or threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads!r}")
-    if precision not in GOLDEN_TOLERANCE:
-        raise UsageError(
-            f"precision {precision!r} is not available in this version",
-            hint=f"one of {', '.join(GOLDEN_TOLERANCE)}",
-        )
-    if precision != "int8" and (int8 is not None or allow_random_calibration):
-        raise UsageError("options of int8 need precision int8", hint="precision='int8'")
-    quantized = is_qdq(model.module)
-    if quantized and (calibration is not None or int8 is not None):
-        raise UsageError(
-            "the model is quantized already and keeps its own levels, so that nothing is left to "
-            "calibrate or to choose",
-            where=model.origin.path,
-            hint="leave the calibration data and the options of int8 away, or give the fp32 model",
-        )
+    compact = _compact(goal)
+    wanted = Wanted(
+        precision=precision,
+        calibration=calibration,
+        int8=int8,
+        allow_random_calibration=allow_random_calibration,
+    )
+    wanted.check(model)
     if locked and database is None:
         raise UsageError("locked needs a database of tuning records", hint="--database DIR")
     records = _database(resolved, threads=threads, folder=database, tune_seconds=tune_seconds)
     unchanged = model
-    if precision == "int8" and not quantized:
-        context = Context(
-            target=resolved,
-            threads=threads,
-            teacher=model,
-            calibration=_calibration(model, calibration, allow_random=allow_random_calibration),
-            allow_random=allow_random_calibration,
-            cache=user_folder(),
-            progress=progress,
-        )
-        candidate = int8_step.propose(model, int8 or Int8Step(kind="int8"), context)
-        candidate = replace(candidate, model=rebound(model, candidate.model, candidate.merged))
-        model, precision = candidate.model, candidate.precision or "fp32"
-        progress.log(f"int8: {candidate.note}")
-        for layer, reason in candidate.skipped:
-            progress.log(f"int8: {layer} stays in float: {reason}")
+    model, precision = wanted.apply(model, resolved, threads=threads, progress=progress)
     if tune_seconds is not None and records is not None:
         search(
             model, resolved, threads=threads, seconds=tune_seconds, database=records,
-            progress=progress,
+            progress=progress, compact=compact,
         )  # fmt: skip
     with progress.task("compile"):
         assembled = assemble(
-            model, target=resolved, threads=threads, precision=precision, database=records
+            model,
+            target=resolved,
+            threads=threads,
+            precision=precision,
+            database=records,
+            compact=compact,
         )
     if assembled.quantization is not None:
         _report_quantization(assembled.quantization, progress=progress)
@@ -318,15 +311,11 @@ def _database(
     return Database(folder or Path(".hone", "tuning"), target, threads=threads)
 
 
-def _calibration(model: Model, given: str | Dataset | None, *, allow_random: bool) -> Dataset:
-    if given is None:
-        raise UsageError(
-            "int8 needs calibration data: a few hundred samples of what the model will see",
-            hint="--calibration DATA, such as calibration.npz",
-        )
-    if isinstance(given, str):
-        return load_data(given, model.signature, allow_random=allow_random)
-    return given
+def _compact(goal: str) -> bool:
+    """Say whether small weights are preferred to speed."""
+    if goal not in ("latency", "size"):
+        raise UsageError(f"goal {goal!r} is unknown", hint="one of latency, size")
+    return goal == "size"
 
 
 def _report_quantization(found: Quantization, *, progress: Progress) -> None:
@@ -380,12 +369,28 @@ def search(
             hint="compile without --tune, or tune on such a machine and copy its database",
         )
     from .tune import tune as tune_kernels
+    from .tuning.choices import tune_lowerings
 
     model, _ = _in_integers(model)
-    lowered: tvm.IRModule = pipeline.lower(model.module, target, threads=threads, compact=compact)
-    return tune_kernels(
+    lowering = None
+    if seconds >= LEAST_LOWERING_S:
+        lowering = tune_lowerings(
+            model.module,
+            target,
+            threads=threads,
+            budget_s=LOWERING_SHARE * seconds,
+            database=database,
+            compact=compact,
+            progress=progress,
+        )
+        seconds -= lowering.elapsed_s
+    lowered: tvm.IRModule = pipeline.lower(
+        model.module, target, threads=threads, compact=compact, decided=database.lowerings()
+    )
+    result = tune_kernels(
         lowered, target, threads=threads, budget_s=seconds, database=database, progress=progress
     )
+    return replace(result, lowering=lowering)
 
 
 def tune(
@@ -395,6 +400,8 @@ def tune(
     threads: int = 2,
     budget_s: float,
     database: Path,
+    wanted: Wanted | None = None,
+    goal: str = "latency",
     progress: Progress | None = None,
 ) -> TuneResult:
     """Search for better schedules of a model's kernels and keep the records.
@@ -411,6 +418,10 @@ def tune(
         Seconds, start-up included.
     database : Path
         Folder of tuning records; created where it is missing.
+    wanted : Wanted, optional
+        The precision that the model will be compiled in, as `compile` takes it; fp32 when absent.
+    goal : {"latency", "size"}
+        That of the compilation.
     progress : Progress, optional
         Where to report.
 
@@ -426,12 +437,17 @@ def tune(
         Interrupted by the user; everything measured is kept (exit 130).
     """
     resolved = resolve(target)
+    progress = progress or silent()
+    wanted = wanted or Wanted()
+    wanted.check(model)
     records = Database(database, resolved, threads=threads)
+    model, _ = wanted.apply(model, resolved, threads=threads, progress=progress)
     return search(
         model,
         resolved,
         threads=threads,
         seconds=budget_s,
         database=records,
-        progress=progress or silent(),
+        progress=progress,
+        compact=_compact(goal),
     )

@@ -45,15 +45,25 @@ def of_module(module: tvm.IRModule) -> str:
     return digest.hexdigest()
 
 
-def of_dataset(dataset: Dataset) -> str:
+def of_dataset(dataset: Dataset, *, labels: bool = False) -> str:
     """Return the sha256, in hex, of a dataset's inputs: names, types, shapes, every value.
 
-    Labels and the place where the data came from do not count.
+    The place where the data came from does not count.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Any.
+    labels : bool
+        Whether its labels count.
     """
     digest = hashlib.sha256()
     for name, array in sorted(dataset.inputs.items()):
         _text(digest, name)
         _array(digest, array)
+    if labels and dataset.labels is not None:
+        _text(digest, "labels")
+        _array(digest, dataset.labels)
     return digest.hexdigest()
 
 

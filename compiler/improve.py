@@ -12,14 +12,15 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hone.targets.target import Target, resolve
 
-from . import driver, importer, parity
+from . import driver, fingerprint, importer, parity
 from .data import Dataset
 from .data import load as load_data
 from .database import Database
@@ -42,6 +43,7 @@ from .steps import registry, tune
 from .steps.candidate import Candidate, Context, selected
 from .steps.options.section import StepSection
 from .steps.options.tune import TuneStep
+from .steps.trials import Trials
 from .summary import Judged, Version, summarize
 
 if TYPE_CHECKING:
@@ -161,7 +163,7 @@ class _Build:
     # ---------------------------------------------------------------- versions
 
     def version(
-        self, name: str, model: Model, *, precision: str = "fp32", tuned: bool = False
+        self, name: str, model: Model, precision: str = "fp32", *, tuned: bool = False
     ) -> Version:
         """Compile a model, make it runnable here and evaluate it."""
         with self.progress.task(f"{name}: compile and evaluate"):
@@ -209,6 +211,41 @@ class _Build:
     def _search(self, model: Model, step: TuneStep) -> TuneResult | str:
         """Tune for as long as a step of the recipe may."""
         return self.tune(model, self.recipe.tune_seconds(step))
+
+    def _trials(self, *, tuned: bool) -> Trials:
+        """Return how steps that search try their candidates, with tuning records or without."""
+        timed = self.measurable and self.recipe.goal.goal == "latency"
+        return Trials(
+            build=partial(self.version, tuned=tuned),
+            lost=lambda version: self._lost(version.quality),
+            measure=self._compare if timed else None,
+            sample=self.evaluation.sample(0),
+            metric=self.recipe.data.metric,
+            budget=self.recipe.goal.max_accuracy_drop,
+            folder=self.recipe.output_directory,
+            key=partial(self._search_key, tuned=tuned),
+        )
+
+    def _search_key(self, *, tuned: bool) -> dict[str, Any]:
+        """Return what losses and times depend on, for JSON."""
+        return {
+            "baseline": self.model.origin.sha256,
+            "evaluation": fingerprint.of_dataset(self.evaluation, labels=True),
+            "goal": self.recipe.goal.model_dump(mode="json"),
+            "metric": self.recipe.data.metric,
+            "target": [self.target.name, *self.target.features],
+            "threads": self.threads,
+            "records": self.database.fingerprint() if tuned else None,
+        }
+
+    def _compare(self, versions: Mapping[str, Version]) -> Measurement:
+        """Run versions in interleaved rounds."""
+        inputs = self.evaluation.sample(0)
+        contenders = {
+            name: InProcess(version.runner.prepare(inputs)) for name, version in versions.items()
+        }
+        with self.progress.task("measure", total=self.rounds.rounds) as task:
+            return measure(contenders, self.rounds, on_round=task.update)
 
     # ---------------------------------------------------------------- steps
 
@@ -258,34 +295,39 @@ class _Build:
         ]
 
     def _step(self, step: StepSection, name: str, kept: Version) -> Judged:
-        settings = step.model_dump(mode="json")
-        candidate = self._propose(step, kept)
+        context = replace(self.context, trials=self._trials(tuned=kept.tuned))
+        with self.progress.task(step.title):
+            candidate = registry.propose(kept.model, kept.precision, step, context)
         if isinstance(candidate, str):
-            verdict = Verdict.REVERTED if self.measurable else Verdict.NOT_MEASURED
-            return Judged(name=name, verdict=verdict, reason=candidate, settings=settings)
-        tuned = kept.tuned or isinstance(step, TuneStep)
-        version = self.version(
-            name, candidate.model, precision=candidate.precision or kept.precision, tuned=tuned
-        )
-        judged = self._judge(version, kept)
-        reason = f"{judged.reason}; {candidate.note}" if candidate.note else judged.reason
+            candidate = Candidate(model=kept.model, note=candidate)
+            nothing = True
+        else:
+            same = candidate.model.module.same_as(kept.model.module)
+            nothing = same and not isinstance(step, TuneStep)
+        if nothing:
+            judged = Judged(
+                name=name,
+                verdict=Verdict.REVERTED if self.measurable else Verdict.NOT_MEASURED,
+                reason=candidate.note or "nothing to change",
+            )
+        else:
+            version = self.version(
+                name,
+                candidate.model,
+                precision=candidate.precision or kept.precision,
+                tuned=kept.tuned or isinstance(step, TuneStep),
+            )
+            judged = self._judge(version, kept)
+            if candidate.note:
+                judged = replace(judged, reason=f"{judged.reason}; {candidate.note}")
         return replace(
             judged,
-            reason=reason,
-            settings=settings,
+            settings=step.model_dump(mode="json"),
             skipped=candidate.skipped,
             errors=candidate.errors,
+            precisions=candidate.precisions,
+            conversions=candidate.conversions,
         )
-
-    def _propose(self, step: StepSection, kept: Version) -> Candidate | str:
-        """Return what a step makes of the kept model, or why it makes nothing."""
-        with self.progress.task(step.title):
-            candidate = registry.propose(kept.model, kept.precision, step, self.context)
-        if isinstance(candidate, str) or isinstance(step, TuneStep):
-            return candidate
-        if candidate.model.module.same_as(kept.model.module):
-            return candidate.note or "nothing to change"
-        return candidate
 
     def _judge(self, version: Version, kept: Version) -> Judged:
         """Measure a candidate against what was kept, and say whether it stays."""
@@ -293,16 +335,7 @@ class _Build:
         budget = self.recipe.goal.max_accuracy_drop
         speedup = None
         if self.measurable:
-            with self.progress.task("measure", total=self.rounds.rounds) as task:
-                inputs = self.evaluation.sample(0)
-                measured = measure(
-                    {
-                        "kept": InProcess(kept.runner.prepare(inputs)),
-                        "candidate": InProcess(version.runner.prepare(inputs)),
-                    },
-                    self.rounds,
-                    on_round=task.update,
-                )
+            measured = self._compare({"kept": kept, "candidate": version})
             speedup = measured.speedup("candidate", over="kept")
         smaller = version.weights_bytes < kept.weights_bytes
         size = f"weights {kept.weights_bytes} → {version.weights_bytes} bytes"

@@ -1,4 +1,4 @@
-"""The child process of a peer: ``python -m hone.peer_worker NAME FOLDER THREADS``.
+"""The child process of a peer: ``python -m hone.peer_worker NAME FOLDER THREADS PRECISION``.
 
 Reads JSON lines from stdin and answers with JSON lines on stdout: first
 ``{"inputs": [names]}`` → ``{"version": …}``, then ``{"runs": n}`` → ``{"seconds": […]}``.
@@ -20,9 +20,11 @@ import numpy as np
 
 from .measure import InProcess
 
+_OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
 
 def _onnxruntime(
-    path: Path, feeds: dict[str, np.ndarray], threads: int
+    path: Path, feeds: dict[str, np.ndarray], threads: int, _precision: str
 ) -> tuple[Callable[[], object], str]:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
@@ -35,7 +37,7 @@ def _onnxruntime(
 
 
 def _openvino(
-    path: Path, feeds: dict[str, np.ndarray], threads: int
+    path: Path, feeds: dict[str, np.ndarray], threads: int, precision: str
 ) -> tuple[Callable[[], object], str]:
     import openvino
 
@@ -43,11 +45,15 @@ def _openvino(
     config = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": _OPENVINO_HINTS[precision],
     }
-    request = openvino.compile_model(str(path), "CPU", config).create_infer_request()
+    model = openvino.compile_model(str(path), "CPU", config)
+    request = model.create_infer_request()
     request.set_tensors({name: openvino.Tensor(array) for name, array in feeds.items()})
-    return request.infer, "fp32"
+    # The hint that it reports is the one that it follows on this processor.
+    followed = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    names = {hint: name for name, hint in _OPENVINO_HINTS.items()}
+    return request.infer, names[followed]
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -68,7 +74,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def main(name: str, folder: str, threads: int) -> int:
+def main(name: str, folder: str, threads: int, precision: str) -> int:
     """Serve one model until stdin ends; return the exit status."""
     _die_with_parent()
     # Engines write banners to stdout: the protocol keeps the real one for itself.
@@ -77,17 +83,17 @@ def main(name: str, folder: str, threads: int) -> int:
     names = json.loads(sys.stdin.readline())["inputs"]
     feeds = {n: np.load(Path(folder, f"{i}.npy")) for i, n in enumerate(names)}
     try:
-        run, precision = ENGINES[name](Path(folder, "model.onnx"), feeds, threads)
+        run, followed = ENGINES[name](Path(folder, "model.onnx"), feeds, threads, precision)
         contender = InProcess(run)
         contender.block(1)  # some refuse a model only here
     except Exception as error:  # noqa: BLE001 - any engine's own error type; the parent raises it
         _say(channel, {"error": f"{type(error).__name__}: {error}"})
         return 1
-    _say(channel, {"version": version(name), "precision": precision})
+    _say(channel, {"version": version(name), "precision": followed})
     for line in sys.stdin:
         _say(channel, {"seconds": contender.block(json.loads(line)["runs"])})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]))

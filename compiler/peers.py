@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import onnx
 
 NAMES = ("onnxruntime", "openvino")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class PeerInfo:
     threads : int
         Threads of one run.
     precision : str
-        Precision that it was asked to compute in.
+        Precision that its float layers may compute in: what was asked for where it has kernels of
+        it, else fp32.
     """
 
     name: str
@@ -61,20 +63,33 @@ class Peer:
         One sample.
     threads : int
         Threads of one run.
+    precision : {"fp32", "bf16", "fp16"}
+        Of the float layers. OpenVINO takes it as a hint and follows it where the processor can;
+        onnxruntime has no kernels of 16-bit floats for processors and stays fp32.
 
     Raises
     ------
     UsageError
-        The engine is unknown.
+        The engine or the precision is unknown.
     ToolchainError
         The engine is not installed, or refuses the model (exit 6).
     """
 
     def __init__(
-        self, name: str, model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], *, threads: int
+        self,
+        name: str,
+        model: onnx.ModelProto,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        threads: int,
+        precision: str = "fp32",
     ) -> None:
         if name not in NAMES:
             raise UsageError(f"unknown peer {name!r}", hint=f"one of {', '.join(NAMES)}")
+        if precision not in PRECISIONS:
+            raise UsageError(
+                f"peers do not run in {precision!r}", hint=f"one of {', '.join(PRECISIONS)}"
+            )
         self._folder = TemporaryDirectory(prefix="hone-peer-")
         model_path = Path(self._folder.name, "model.onnx")
         model_path.write_bytes(model.SerializeToString())
@@ -82,7 +97,10 @@ class Peer:
             np.save(Path(self._folder.name, f"{position}.npy"), array)
         environment = dict(os.environ, ORT_DISABLE_TELEMETRY="1", OMP_NUM_THREADS=str(threads))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hone.peer_worker", name, self._folder.name, str(threads)],
+            [
+                *(sys.executable, "-m", "hone.peer_worker"),
+                *(name, self._folder.name, str(threads), precision),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

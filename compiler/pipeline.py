@@ -12,19 +12,26 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
+from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.graph.fold_batch_norm import FoldBatchNorm
+from hone.passes.lower.export_kernels import RAW_PIPELINE
 from hone.passes.lower.fuse_operators import FuseOperators
 from hone.passes.lower.legalize import LegalizeForCPU
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
+from hone.passes.lower.raw_kernels import RAW, RawKernels
 from hone.passes.lower.unify_convolutions import UnifyConvolutions
 from hone.passes.quantize.match_qdq import MatchQdq
+from hone.targets import features
 from hone.targets.schedule.cpu import Decision, ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
 from hone.targets.toolchain import find_linker
+
+from .host_code import CONSTANTS, host_source
+from .plan import Plan, plan_of
 
 if TYPE_CHECKING:
     from .database import Database
@@ -249,9 +256,14 @@ def finalize_stages() -> tuple[Stage, ...]:
             name="memory",
             summary="activations share storage planned ahead of time",
             run=tvm.transform.Sequential(
+                [transform.StaticPlanBlockMemory(), transform.LowerAllocTensor()]
+            ),
+        ),
+        Stage(
+            name="machine",
+            summary="the graph becomes code of TVM's virtual machine",
+            run=tvm.transform.Sequential(
                 [
-                    transform.StaticPlanBlockMemory(),
-                    transform.LowerAllocTensor(),
                     transform.KillAfterLastUse(),
                     transform.LowerRuntimeBuiltin(),
                     transform.ComputePrimValue(),
@@ -266,7 +278,8 @@ def finalize_stages() -> tuple[Stage, ...]:
 def build_executable(
     scheduled: tvm.IRModule, target: Target, *, threads: int
 ) -> relax.VMExecutable:
-    """Generate machine code for a scheduled module, in this process."""
+    """Generate machine code for a scheduled module, to be run by TVM in this process."""
+    features.request_tiles()
     tvm_target = target.tvm_target(threads)
     with tvm_target:
         module = _run(finalize_stages(), scheduled)
@@ -275,7 +288,10 @@ def build_executable(
 
 
 def link(scheduled: tvm.IRModule, target: Target, *, threads: int) -> bytes:
-    """Return the shared library of a scheduled module.
+    """Return the shared library of a scheduled module, for packages.
+
+    It holds the kernels as plain functions, the code around them (`host_code`) and, for what has
+    no plan and for profiling, the graph as code of TVM's virtual machine with the weights.
 
     Raises
     ------
@@ -283,8 +299,29 @@ def link(scheduled: tvm.IRModule, target: Target, *, threads: int) -> bytes:
         There is no linker for the target (exit 6).
     """
     linker = find_linker(target)
-    executable = build_executable(scheduled, target, threads=threads)
+    tvm_target = target.tvm_target(threads)
+    calls, memory, machine = finalize_stages()
+    with tvm_target:
+        planned = _run((calls, memory), scheduled)
+        plan = plan_of(planned)
+        if plan is not None:
+            planned.update_func(relax.GlobalVar(CONSTANTS), _constants(plan))
+        module = apply(_run((machine,), planned), RawKernels())
+    kernels = {
+        variable.name_hint: len(func.params)
+        for variable, func in module.functions.items()
+        if isinstance(func, tirx.PrimFunc) and RAW in func.attrs
+    }
+    with tvm.transform.PassContext(opt_level=3, config=CODEGEN_CONFIG):
+        executable = relax.build(module, tvm_target, relax_pipeline=None, tir_pipeline=RAW_PIPELINE)
     with TemporaryDirectory(prefix="hone-") as folder:
-        path = Path(folder, "lib.so")
-        executable.export_library(str(path), fcompile=linker.fcompile)
-        return path.read_bytes()
+        source, library = Path(folder, "host.c"), Path(folder, "lib.so")
+        source.write_text(host_source(kernels, plan), encoding="utf-8")
+        executable.export_library(str(library), fcompile=linker.fcompile_with(source))
+        return library.read_bytes()
+
+
+def _constants(plan: Plan) -> relax.Function:
+    """Return the function that gives the constants of a plan to whoever runs it."""
+    types = relax.TupleType([constant.ty for constant in plan.constants])
+    return relax.Function([], relax.Tuple(plan.constants), types, is_pure=True)

@@ -25,6 +25,7 @@ from pydantic import (
 from hone.errors import UsageError
 from hone.recipe_problems import explain
 from hone.steps.options.int8 import Int8Step
+from hone.steps.options.mixed import MixedStep
 from hone.steps.options.prune import PruneStep
 from hone.steps.options.section import Count, Fraction, Seconds, Section
 from hone.steps.options.split import SplitStep
@@ -124,7 +125,8 @@ class MeasureSection(Section):
 
 
 Step = Annotated[
-    PruneStep | Int8Step | WeightsStep | SplitStep | TuneStep, Field(discriminator="kind")
+    PruneStep | Int8Step | MixedStep | WeightsStep | SplitStep | TuneStep,
+    Field(discriminator="kind"),
 ]
 
 

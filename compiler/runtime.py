@@ -6,6 +6,8 @@ damage and against this machine; then the library is mapped from the very bytes 
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import platform
 import threading
@@ -21,7 +23,7 @@ from hone.targets import features
 from .errors import PackageError, UsageError
 from .package import Package
 from .packaging.manifest import Manifest
-from .packaging.tvm_runtime import Threads, TVMRuntime, tvm_runtime
+from .packaging.tvm_runtime import TVMRuntime, tvm_runtime
 from .signature import Signature, TensorSpec
 
 # Generated code loads and stores whole vectors at addresses that it takes for multiples of this
@@ -67,17 +69,15 @@ def load(source: str | os.PathLike[str] | bytes | Package, threads: int | None =
     _check_version(package.manifest, runtime, where)
     if package.manifest.needs_runtime_extra:
         runtime.require_extra()
-    if any(name.startswith("amx-") for name in package.manifest.target.features):
-        features.request_tiles()
+    _request_tiles(package.manifest, where)
     return Runner(package, _grant(threads, package.manifest.target.threads), runtime)
 
 
 class Runner:
     """A package in memory, ready to run from any thread.
 
-    Calls from several threads are taken one after the other. A process forked after a run can go
-    on running; like the children of ``multiprocessing`` it should end by ``os._exit``, because
-    TVM's thread pool aborts when it is torn down without its threads.
+    Calls from several threads are taken one after the other; they share the threads that kernels
+    run on, which belong to this runner. A process forked after a run can go on running.
 
     Parameters
     ----------
@@ -87,20 +87,21 @@ class Runner:
         Threads that kernels run on.
     runtime : TVMRuntime
         The loaded runtime library.
+
+    Raises
+    ------
+    PackageError
+        If the package's code is not what its manifest says.
     """
 
     def __init__(self, package: Package, threads: int, runtime: TVMRuntime) -> None:
         self._manifest = package.manifest
         self._signature = package.signature
-        self._threads = Threads(threads, runtime)
-        # The virtual machine keeps its program counter and its frames in itself.
+        self._threads = threads
+        # Runs share a workspace, and the virtual machine keeps its frames in itself.
         self._lock = threading.Lock()
-        machine = runtime.load_library(package.library)["vm_load_executable"]()
-        machine["vm_initialization"](_CPU, 0, _POOLED)
-        self._main: Callable[..., Any] = machine["main"]
-        self._set_instrument: Callable[[Any], None] = machine["set_instrument"]
-        self._staging = tuple(_Staging(spec, runtime) for spec in self._signature.inputs)
-        self._runtime = runtime
+        self._code = _Code(package, threads, runtime)
+        self._bound = _Bound(self._code)
 
     @property
     def manifest(self) -> Manifest:
@@ -115,7 +116,12 @@ class Runner:
     @property
     def threads(self) -> int:
         """Threads that kernels run on, the calling thread included."""
-        return self._threads.count
+        return self._threads
+
+    @property
+    def planned(self) -> bool:
+        """Whether runs do without the virtual machine, since all of their memory is planned."""
+        return self._code.planned is not None
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model once.
@@ -137,11 +143,11 @@ class Runner:
             If the inputs do not fit the signature.
         """
         self._signature.check_inputs(inputs)
+        bound = self._bound
         with self._lock:
-            for staging in self._staging:
-                staging.fill(inputs[staging.name])
-            result = self._threads.call(self._main, [staging.tensor for staging in self._staging])
-            return self._collect(result)
+            bound.fill(inputs)
+            bound.call()
+            return bound.outputs()
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], None]:
         """Bind inputs, so that what a call costs is the model alone.
@@ -162,15 +168,13 @@ class Runner:
             If the inputs do not fit the signature.
         """
         self._signature.check_inputs(inputs)
-        bound = [_Staging(spec, self._runtime) for spec in self._signature.inputs]
-        for staging in bound:
-            staging.fill(inputs[staging.name])
-        tensors = [staging.tensor for staging in bound]
-        lock, threads, main = self._lock, self._threads, self._main
+        bound = _Bound(self._code)
+        bound.fill(inputs)
+        lock = self._lock
 
         def call() -> None:
             with lock:
-                threads.call(main, tensors)
+                bound.call()
 
         return call
 
@@ -187,49 +191,132 @@ class Runner:
         Yields
         ------
         None
-            Runs within the block are watched.
+            Runs within the block are done by the virtual machine and watched.
         """
         with self._lock:
-            self._set_instrument(instrument)
+            self._code.watch(instrument)
         try:
             yield
         finally:
             with self._lock:
-                self._set_instrument(None)
+                self._code.watch(None)
 
-    def _collect(self, result: Any) -> dict[str, np.ndarray]:
-        """Copy the results: they may be views of weights, of inputs, or of one another."""
-        specs = self._signature.outputs
-        tensors: Sequence[Any] = [result] if hasattr(result, "__dlpack__") else list(result)
-        if len(tensors) != len(specs):
-            raise PackageError(
-                f"the package's manifest lists {len(specs)} outputs, its code returned "
-                f"{len(tensors)}.",
-                hint="rebuild it with `hone compile`.",
-            )
-        outputs = {}
-        for spec, tensor in zip(specs, tensors, strict=True):
-            array = np.array(np.from_dlpack(tensor), copy=True)
-            if array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
+
+class _Code:
+    """The mapped library: its plan, if it has one, and its virtual machine."""
+
+    def __init__(self, package: Package, threads: int, runtime: TVMRuntime) -> None:
+        self.signature = package.signature
+        self.from_dlpack = runtime.from_dlpack
+        library = runtime.load_library(package.library)
+
+        def function(name: str) -> Callable[..., Any]:
+            if (found := runtime.function(library, name)) is None:
                 raise PackageError(
-                    f"the package's manifest lists output {spec}, its code returned "
-                    f"{array.dtype}{list(array.shape)}.",
+                    f"the package's code lacks the function {name}: it was not built by this "
+                    "version of hone.",
                     hint="rebuild it with `hone compile`.",
                 )
-            outputs[spec.name] = array
-        return outputs
+            return found
+
+        function("hone_threads")(threads)
+        machine = library["vm_load_executable"]()
+        machine["vm_initialization"](_CPU, 0, _POOLED)
+        self.main: Callable[..., Any] = machine["main"]
+        self._set_instrument: Callable[[Any], None] = machine["set_instrument"]
+        self.watched = False
+        self.planned: Callable[[int], None] | None = runtime.function(library, "hone_run")
+        self.weights: tuple[Any, ...] = ()
+        workspace_bytes = 0
+        if self.planned is not None:
+            text = ctypes.string_at(function("hone_signature")())
+            _check_signature(self.signature, json.loads(text))
+            self.weights = tuple(machine["hone_constants"]())
+            workspace_bytes = function("hone_workspace_bytes")()
+        self.workspace = aligned_empty((workspace_bytes,), np.dtype(np.uint8))
+
+    def watch(self, instrument: Callable[..., Any] | None) -> None:
+        """Let the virtual machine run from now on, and call this; None ends that."""
+        self._set_instrument(instrument)
+        self.watched = instrument is not None
 
 
-class _Staging:
-    """An aligned buffer that one input is copied to, and the tensor that stands on it."""
+class _Bound:
+    """The memory of a run's inputs and outputs, and a call on it."""
 
-    def __init__(self, spec: TensorSpec, runtime: TVMRuntime) -> None:
-        self.name = spec.name
-        self._array = aligned_empty(spec.shape, np.dtype(spec.dtype))
-        self.tensor = runtime.from_dlpack(self._array, require_alignment=ALIGNMENT_BYTES)
+    def __init__(self, code: _Code) -> None:
+        signature = code.signature
+        self._code = code
+        self._inputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.inputs]
+        self._tensors = [
+            code.from_dlpack(array, require_alignment=ALIGNMENT_BYTES) for array in self._inputs
+        ]
+        self._result: Any = None
+        self._outputs: list[np.ndarray] = []
+        self._table = 0
+        if code.planned is not None:
+            self._outputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.outputs]
+            arrays = [code.workspace, *self._inputs, *self._outputs]
+            addresses = [array.ctypes.data for array in arrays]
+            addresses += [weight.data_ptr() for weight in code.weights]
+            self._pointers = np.array(addresses, np.uint64)
+            self._table = int(self._pointers.ctypes.data)
 
-    def fill(self, array: np.ndarray) -> None:
-        np.copyto(self._array, array, casting="equiv")
+    def fill(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Copy inputs."""
+        for spec, array in zip(self._code.signature.inputs, self._inputs, strict=True):
+            np.copyto(array, inputs[spec.name], casting="equiv")
+
+    def call(self) -> None:
+        """Run."""
+        code = self._code
+        if code.planned is not None and not code.watched:
+            code.planned(self._table)
+            self._result = None
+        else:
+            self._result = code.main(*self._tensors)
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Copy what the last call returned."""
+        specs = self._code.signature.outputs
+        if self._result is None:
+            return {
+                spec.name: array.copy() for spec, array in zip(specs, self._outputs, strict=True)
+            }
+        return _collect(self._result, specs)
+
+
+def _check_signature(signature: Signature, code: Mapping[str, Sequence[Any]]) -> None:
+    """Require that the planned code takes and returns what the manifest says."""
+    for what, specs in (("inputs", signature.inputs), ("outputs", signature.outputs)):
+        found = [(dtype, tuple(shape)) for dtype, shape in code[what]]
+        if found != [(spec.dtype, spec.shape) for spec in specs]:
+            raise PackageError(
+                f"the package's manifest lists the {what} {', '.join(map(str, specs))}; its code "
+                f"has {', '.join(f'{dtype}{list(shape)}' for dtype, shape in found)}.",
+                hint="rebuild it with `hone compile`.",
+            )
+
+
+def _collect(result: Any, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
+    """Copy the virtual machine's results, which may be views of weights or of one another."""
+    tensors: Sequence[Any] = [result] if hasattr(result, "__dlpack__") else list(result)
+    if len(tensors) != len(specs):
+        raise PackageError(
+            f"the package's manifest lists {len(specs)} outputs, its code returned {len(tensors)}.",
+            hint="rebuild it with `hone compile`.",
+        )
+    outputs = {}
+    for spec, tensor in zip(specs, tensors, strict=True):
+        array = np.array(np.from_dlpack(tensor), copy=True)
+        if array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
+            raise PackageError(
+                f"the package's manifest lists output {spec}, its code returned "
+                f"{array.dtype}{list(array.shape)}.",
+                hint="rebuild it with `hone compile`.",
+            )
+        outputs[spec.name] = array
+    return outputs
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -277,6 +364,20 @@ def _check_machine(manifest: Manifest, where: str | None) -> None:
             where=where,
             hint=rebuild,
         )
+
+
+def _request_tiles(manifest: Manifest, where: str | None) -> None:
+    """Ask the kernel for AMX tiles where the code uses them: without, it ends the process."""
+    if "amx-tile" not in manifest.target.features or features.request_tiles():
+        return
+    raise PackageError(
+        "the package's code uses AMX tiles, and the operating system refuses them to this process "
+        "(arch_prctl ARCH_REQ_XCOMP_PERM).",
+        where=where,
+        hint="allow the call where a seccomp filter forbids it, and give every thread's alternate "
+        "signal stack the size that getauxval(AT_MINSIGSTKSZ) asks for; or rebuild the package "
+        f"without tiles: `--target {manifest.target.name},-amx-tile`.",
+    )
 
 
 def _release(version: str) -> tuple[int, ...]:

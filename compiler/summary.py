@@ -12,6 +12,7 @@ import hone
 from . import driver, environment, runtime
 from .evaluate import Quality
 from .measure import Measurement, Speedup
+from .mixed.layer_precision import ConversionCost, LayerPrecision
 from .model import Model
 from .profile import Profile
 from .recipe import Recipe
@@ -19,10 +20,12 @@ from .report import profile as kernels
 from .report.schema import (
     Baselines,
     Comparison,
+    ConversionRow,
     Latency,
     LayerRow,
     OnnxFile,
     Peer,
+    PrecisionRow,
     QuantizedLayer,
     Report,
     Skipped,
@@ -93,6 +96,10 @@ class Judged:
         Layers left alone, each with the reason.
     errors : tuple of (str, float or None)
         Quantized layers, each with its SQNR in dB.
+    precisions : tuple of LayerPrecision
+        What each layer has, where layers have different precisions.
+    conversions : tuple of ConversionCost
+        At the borders between them.
     """
 
     name: str
@@ -104,6 +111,8 @@ class Judged:
     settings: Mapping[str, Any] = field(default_factory=dict)
     skipped: tuple[tuple[str, str], ...] = ()
     errors: tuple[tuple[str, float | None], ...] = ()
+    precisions: tuple[LayerPrecision, ...] = ()
+    conversions: tuple[ConversionCost, ...] = ()
 
 
 def summarize(
@@ -195,6 +204,8 @@ def _row(row: Judged, measured: Measurement | None, *, has_peer: bool) -> StepRo
         settings=dict(row.settings),
         skipped=[Skipped(layer=layer, reason=reason) for layer, reason in row.skipped],
         quantized=[QuantizedLayer(layer=layer, sqnr_db=sqnr) for layer, sqnr in row.errors],
+        precisions=[PrecisionRow.of(each) for each in row.precisions],
+        conversions=[ConversionRow.of(each) for each in row.conversions],
         seconds=row.seconds,
     )
     version = row.version

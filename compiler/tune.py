@@ -8,7 +8,6 @@ The search runs in a child process of its own session: `tuning/worker.py` there,
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from hone.targets.target import Target
 from . import progress as progress_module
 from .database import Database
 from .errors import InterruptError, OutOfTimeError, UsageError
+from .tuning.child import socket_folder
+from .tuning.choices import LoweringResult
 from .tuning.records import Verdict
 from .tuning.session import Session, interrupts, search
 from .tuning.tasks import extract, untuned_model
-
-LONGEST_TEMPORARY_PATH = 48
 
 WATCHDOG_S = 45.0
 """A child silent for longer hangs: it speaks after every candidate, and each has a time limit."""
@@ -104,6 +103,8 @@ class TuneResult:
     model_speedup : float or None
         How many times faster the whole model is with the records that stay; None when none does,
         or that was not tried.
+    lowering : LoweringResult or None
+        What the choice between ways to lower layers brought, where that was searched.
     """
 
     trials: int
@@ -114,6 +115,7 @@ class TuneResult:
     quarantined: tuple[Quarantined, ...]
     exhausted: bool
     model_speedup: float | None = None
+    lowering: LoweringResult | None = None
 
 
 def tune(
@@ -189,7 +191,7 @@ def tune(
     with (
         database.writing(),
         database.scratch() as folder,
-        _socket_folder() as sockets,
+        socket_folder() as sockets,
         interrupts() as interrupt,
         progress.task("tuning", total=round(budget_s, 1)) as bar,
     ):
@@ -230,16 +232,6 @@ def tune(
     if session.tasks and all(task.best_s is None for task in session.tasks):
         raise _nothing_found(session)
     return _result(session)
-
-
-def _socket_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a folder whose path leaves room for the fork server's socket (108 bytes on Linux)."""
-    place = tempfile.gettempdir()
-    return tempfile.TemporaryDirectory(
-        prefix="hone-tune-",
-        dir=place if len(place) <= LONGEST_TEMPORARY_PATH else "/tmp",
-        ignore_cleanup_errors=True,
-    )
 
 
 def _nothing_found(session: Session) -> OutOfTimeError:

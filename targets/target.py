@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,6 +80,46 @@ class Target:
     sources: tuple[str, ...]
     glibc: str | None = None
     disabled: tuple[str, ...] = ()
+
+    def without(self, *features: str) -> Target:
+        """Return this target with some of its dot product and matrix extensions left out.
+
+        Parameters
+        ----------
+        *features : str
+            Of `tensor_instructions`, or ``"amx-tile"``, which takes all of AMX with it.
+
+        Returns
+        -------
+        Target
+            Its name says what it lacks: ``"host,-amx-tile"``.
+
+        Raises
+        ------
+        UsageError
+            If the target does not have one of them, or its vectors depend on it.
+        """
+        # Only these: without others the vectors would no longer be those that the table says.
+        removable = [f for f in self.features if f in self.tensor_instructions or f == "amx-tile"]
+        left_out: set[str] = set()
+        for feature in features:
+            if feature not in removable:
+                raise UsageError(
+                    f"{feature!r} cannot be left out of target {self.name!r}.",
+                    hint=f"these can: {', '.join(removable) or 'none'}.",
+                )
+            family = "amx-" if feature == "amx-tile" else feature
+            left_out.update(f for f in self.features if f.startswith(family))
+        return replace(
+            self,
+            name=",-".join([self.name, *features]),
+            features=tuple(f for f in self.features if f not in left_out),
+            tensor_instructions=tuple(f for f in self.tensor_instructions if f not in left_out),
+            # A psABI level implies none of them; a core of ARM may.
+            disabled=self.disabled
+            if self.arch == "x86_64"
+            else tuple(sorted({*self.disabled, *left_out})),
+        )
 
     def llvm(self, threads: int) -> dict[str, Any]:
         """TVM target dictionary of this processor.
@@ -168,7 +208,8 @@ def resolve(name: str | Target) -> Target:
     Parameters
     ----------
     name : str or Target
-        One of :func:`names`; a Target is returned as it is.
+        One of :func:`names`; ``,-FEATURE`` behind it leaves out a dot product or matrix extension,
+        such as ``"host,-amx-tile"``, for a comparison. A Target is returned as it is.
 
     Returns
     -------
@@ -177,12 +218,21 @@ def resolve(name: str | Target) -> Target:
     Raises
     ------
     UsageError
-        If there is no target of that name.
+        If there is no target of that name, or what is to be left out cannot be.
     ToolchainError
         If the name is ``"host"`` and this machine is not one that hone generates code for.
     """
     if isinstance(name, Target):
         return name
+    base, *changes = name.split(",")
+    if changes:
+        if not all(change.startswith("-") for change in changes):
+            raise UsageError(
+                f"{name!r} names no target: what follows a comma must be -FEATURE, which leaves "
+                "an extension out.",
+                hint="such as --target host,-amx-tile.",
+            )
+        return resolve(base).without(*(change.removeprefix("-") for change in changes))
     if name == "host":
         from .host import detect
 

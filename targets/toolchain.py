@@ -33,8 +33,11 @@ _NATIVE = ("c++", "g++", "clang++", "cc", "gcc", "clang")
 # -s and no build id: neither symbol tables nor identifiers depend on names of temporary files.
 # --as-needed: a C++ driver would otherwise make every library need libstdc++.
 _SHARED = ("-shared", "-fPIC", "-s", "-Wl,--build-id=none", "-Wl,--as-needed")
-# Kernels call expf and its kin; last, because it serves what stands before it.
-_LIBRARIES = ("-lm",)
+# Kernels call expf and its kin, the code around them starts threads; last, because they serve what
+# stands before them.
+_LIBRARIES = ("-lm", "-lpthread")
+# C whatever the driver takes it for; optimized, since zig would check for undefined behaviour.
+_SOURCE = ("-O2", "-std=gnu11", "-x", "c")
 _TIMEOUT_S = 600
 _ZIG_CACHE_HINT = (
     "set ZIG_GLOBAL_CACHE_DIR to a folder that can be written (by default ~/.cache/zig)."
@@ -115,11 +118,22 @@ class Linker:
     @property
     def fcompile(self) -> Callable[..., None]:
         """Function for ``export_library(fcompile=...)`` of TVM."""
+        return self.fcompile_with()
+
+    def fcompile_with(self, *sources: Path) -> Callable[..., None]:
+        """Return such a function that compiles C sources into the library as well.
+
+        Parameters
+        ----------
+        *sources : pathlib.Path
+            Files in C; what they define is found by the objects, and theirs by them.
+        """
+        compiled = [*_SOURCE, *map(str, sources), "-x", "none"] if sources else []
 
         def link(
             output: str, objects: Sequence[str], options: Sequence[str] = (), **_: Any
         ) -> None:
-            self.run([*_SHARED, *options, "-o", output, *objects, *_LIBRARIES])
+            self.run([*_SHARED, *options, "-o", output, *compiled, *objects, *_LIBRARIES])
 
         link.output_format = "so"  # type: ignore[attr-defined]
         link.object_format = "o"  # type: ignore[attr-defined]

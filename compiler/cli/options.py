@@ -154,3 +154,11 @@ database = click.option(
     metavar="DIR",
     help=f"Folder of tuning records; default for tuning: {DATABASE}.",
 )
+
+goal = click.option(
+    "--goal",
+    type=click.Choice(["latency", "size"]),
+    default="latency",
+    show_default=True,
+    help="What matters where a kernel has the choice: size keeps weights small.",
+)

@@ -99,6 +99,10 @@ def diff(old: Path, new: Path, fail_slower: float | None, as_json: bool) -> None
     else:
         rows = [differ.cells(row) for row in comparison.rows]
         output.table(differ.COLUMNS, rows, right=differ.RIGHT)
+        if comparison.precisions:
+            click.echo()
+            changes = [differ.precision_cells(change) for change in comparison.precisions]
+            output.table(differ.PRECISION_COLUMNS, changes)
     for warning in comparison.warnings:
         output.note(f"warning: {warning}")
     if fail_slower is None:
@@ -118,7 +122,7 @@ report.add_command(diff)
 
 def show_table(loaded: Report) -> None:
     """Print the table of steps, and what else a reader must know."""
-    from hone.report import table
+    from hone.report import precision, table
 
     lines = table.lines(loaded)
     rows = [(line.name, line.verdict, *line.figures) for line in lines]
@@ -128,6 +132,10 @@ def show_table(loaded: Report) -> None:
     if reasons:
         click.echo()
         output.pairs(reasons)
+    for row in precision.shipped(loaded):
+        for found in precision.tables(loaded, row) if row.precisions else ():
+            click.echo(f"\n{row.name}: {found.title.lower()}")
+            output.table(found.columns, found.rows, right=found.right)
     if loaded.tuning is not None:
         hits, total = loaded.tuning.hits, loaded.tuning.total
         output.note(f"tuning records for {hits} of {total} kernels")

@@ -133,7 +133,8 @@ class Controller:
         accurate: dict[str, str] = {}
         for precision in self._question.precisions:
             accurate |= self._within_budget(precision, accurate, sensitivity[precision])
-        found, clock = accurate, None
+        found: Assignment = accurate
+        clock: Clock | None = None
         if accurate and not self._cut:
             found, clock = self._fastest(accurate)
         self._task.update(self._most, "")

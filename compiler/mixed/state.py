@@ -70,7 +70,7 @@ class State:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         document = {**self._key, "answers": list(self._answers.values())}
-        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(document) + "\n", encoding="utf-8")
         draft.replace(self._path)
 
     def _read(self) -> dict[str, dict[str, Any]]:

@@ -110,6 +110,15 @@ class TVMRuntime:
             for descriptor in descriptors:
                 os.close(descriptor)
 
+    @staticmethod
+    def function(library: Any, name: str) -> Callable[..., Any] | None:
+        """Return a function of a library, None where it has none of that name."""
+        try:
+            function: Callable[..., Any] = library.get_function(name, query_imports=True)
+        except AttributeError:
+            return None
+        return function
+
     def expect(self, threads: int) -> None:
         """Let pools that are created from now on have room for so many threads."""
         self._largest = max(self._largest, threads)

@@ -9,6 +9,7 @@ from typing import Any
 from hone.report import numbers
 from hone.report.schema import Latency, Report, StepRow, Verdict
 
+FLOAT = "fp32"
 FINAL = "final package"
 """Name of the row that compares what the two builds shipped, whatever its step was called."""
 
@@ -64,6 +65,30 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrecisionChange:
+    """A layer that has another precision in the new final package.
+
+    Parameters
+    ----------
+    layer : str
+        Its id.
+    old, new : str
+        Precisions.
+    reason : str
+        Why not a faster one now; empty where the new report does not say.
+    """
+
+    layer: str
+    old: str
+    new: str
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"layer": self.layer, "old": self.old, "new": self.new, "reason": self.reason}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Two reports side by side.
 
@@ -71,11 +96,14 @@ class Comparison:
     ----------
     rows : tuple of Difference
         One for each step name in the order of the new report, then the removed ones, then `FINAL`.
+    precisions : tuple of PrecisionChange
+        In the order of the new report's layers, then those that only the old one names.
     warnings : tuple of str
         Why the two may not be comparable.
     """
 
     rows: tuple[Difference, ...]
+    precisions: tuple[PrecisionChange, ...]
     warnings: tuple[str, ...]
 
     def slower(self, limit: float) -> list[Difference]:
@@ -97,6 +125,7 @@ class Comparison:
         return {
             "schema": "hone.report-diff/1",
             "rows": [row.to_json() for row in self.rows],
+            "precisions": [change.to_json() for change in self.precisions],
             "warnings": list(self.warnings),
         }
 
@@ -106,6 +135,7 @@ MACHINE = ("cpu", "features", "cores", "governor")
 
 COLUMNS = ("step", "change", "old median ms", "new median ms", "slowdown", "top-1", "weights")
 RIGHT = "  >>>  "
+PRECISION_COLUMNS = ("layer", "old precision", "new precision", "why")
 
 
 def compare(old: Report, new: Report) -> Comparison:
@@ -115,7 +145,11 @@ def compare(old: Report, new: Report) -> Comparison:
     names = [*after, *(name for name in before if name not in after)]
     rows = [_difference(name, before.get(name), after.get(name)) for name in names]
     rows.append(_difference(FINAL, old.final, new.final))
-    return Comparison(rows=tuple(rows), warnings=tuple(_warnings(old, new)))
+    return Comparison(
+        rows=tuple(rows),
+        precisions=tuple(_precision_changes(old, new)),
+        warnings=tuple(_warnings(old, new)),
+    )
 
 
 def cells(row: Difference) -> tuple[str, ...]:
@@ -136,6 +170,34 @@ def cells(row: Difference) -> tuple[str, ...]:
             numbers.size(new.weights_bytes if new else None),
         ),
     )
+
+
+def precision_cells(change: PrecisionChange) -> tuple[str, ...]:
+    """Return one text per column of `PRECISION_COLUMNS`."""
+    return (change.layer, change.old, change.new, change.reason)
+
+
+def _precision_changes(old: Report, new: Report) -> list[PrecisionChange]:
+    before, after = _precisions(old), _precisions(new)
+    return [
+        PrecisionChange(layer=layer, old=one, new=other, reason=reason)
+        for layer in dict.fromkeys((*after, *before))
+        for one, other, reason in [
+            (before.get(layer, (FLOAT, ""))[0], *after.get(layer, (FLOAT, "")))
+        ]
+        if one != other
+    ]
+
+
+def _precisions(report: Report) -> dict[str, tuple[str, str]]:
+    """Return layer → its precision in the final package and why, for layers that a step names."""
+    found: dict[str, tuple[str, str]] = {}
+    for row in report.steps:
+        if row.verdict in (Verdict.KEPT, Verdict.NOT_MEASURED):
+            if row.settings.get("kind") == "int8":
+                found |= {each.layer: ("int8", "") for each in row.quantized}
+            found |= {each.layer: (each.precision, each.reason) for each in row.precisions}
+    return found
 
 
 def _difference(name: str, old: StepRow | None, new: StepRow | None) -> Difference:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hone.report import charts, numbers, profile, table
+from hone.report import charts, numbers, precision, profile, table
 from hone.report.schema import Report
 
 
@@ -66,6 +66,7 @@ def render(report: Report) -> str:
                 *("gflops", "roofline"),
             )
         },
+        precision=precision,
         profile=profile,
         created=readable(report.created),
         environment=flatten(report.environment),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from hone.report import table
+from hone.report import precision, table
 from hone.report.schema import Report
 
 
 def render(report: Report) -> str:
-    """Return the table of steps, how it was measured, and the notes."""
+    """Return the table of steps, how it was measured, the notes, and the precision of layers."""
     text = markdown_table(table.columns(report), [line.cells for line in table.lines(report)])
     threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
     facts = [f"target {report.target}", threads]
@@ -21,6 +21,12 @@ def render(report: Report) -> str:
     text += f"\n{_escape(', '.join(facts))}\n"
     if report.notes:
         text += "\n" + "".join(f"- {_escape(note)}\n" for note in report.notes)
+    for row in precision.shipped(report):
+        for found in precision.tables(report, row):
+            text += (
+                f"\n#### {_escape(row.name)}: {found.title.lower()}\n\n{_escape(found.hint)}\n\n"
+            )
+            text += markdown_table(found.columns, found.rows)
     return text
 
 

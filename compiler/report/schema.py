@@ -18,6 +18,7 @@ from hone.profiling.roofline import Roofline
 if TYPE_CHECKING:
     from hone.measure import Latency as Measured
     from hone.measure import Speedup
+    from hone.mixed.layer_precision import ConversionCost, LayerPrecision
 
 SCHEMA_ID = "hone.report/1"
 
@@ -95,6 +96,75 @@ class QuantizedLayer(Row):
     )
 
 
+class PrecisionCost(Row):
+    """What a layer costs in one precision."""
+
+    error: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="of the outputs where only this layer has the precision: with the metric top1 "
+        "the Kullback-Leibler divergence of class scores in nats, else relative; null where it "
+        "cannot have it",
+    )
+    microseconds: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="of its kernels and what follows until the next layer, where all layers that "
+        "can have the precision",
+    )
+
+
+class PrecisionRow(Row):
+    """A layer and the precision that was chosen for it."""
+
+    layer: str
+    precision: str
+    reason: str = Field(default="", description="why not a faster one")
+    microseconds: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="in the model that was chosen, without conversions"
+    )
+    costs: dict[str, PrecisionCost] = Field(description="of every precision that was a candidate")
+    sqnr_db: float | None = None
+
+    @classmethod
+    def of(cls, found: LayerPrecision) -> Self:
+        """Take over what a search found."""
+        return cls(
+            layer=found.layer,
+            precision=found.precision,
+            reason=found.reason,
+            microseconds=found.us,
+            costs={
+                name: PrecisionCost(error=cost.error, microseconds=cost.us)
+                for name, cost in found.costs.items()
+            },
+            sqnr_db=found.sqnr_db,
+        )
+
+
+class ConversionRow(Row):
+    """A tensor that is converted because its readers have another precision."""
+
+    tensor: str = Field(description="id of the layer that computes it, or name of an input")
+    direction: Literal["quantize", "dequantize", "cast"]
+    kernel: str
+    microseconds: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="null where the kernel computes layers as well"
+    )
+    layers: list[str] = Field(default=[], description="ids of those layers")
+
+    @classmethod
+    def of(cls, found: ConversionCost) -> Self:
+        """Take over what a search found."""
+        return cls.model_validate(
+            {
+                "tensor": found.tensor,
+                "direction": found.direction,
+                "kernel": found.kernel,
+                "microseconds": found.us,
+                "layers": list(found.layers),
+            }
+        )
+
+
 class LayerRow(Row):
     """One kernel of the compiled model and the layers that it computes."""
 
@@ -164,6 +234,10 @@ class StepRow(Row):
     quantized: list[QuantizedLayer] = Field(
         default=[], description="quantization error on a few samples of the calibration data"
     )
+    precisions: list[PrecisionRow] = Field(
+        default=[], description="where layers have different precisions: all of them"
+    )
+    conversions: list[ConversionRow] = Field(default=[], description="between those precisions")
     layers: list[LayerRow] = []
     totals: Totals | None = Field(default=None, description="of the kernels in `layers`")
     seconds: Annotated[float, Field(ge=0)] | None = Field(

@@ -22,8 +22,11 @@ from hone.steps.options.section import StepSection
 from hone.targets.target import Target
 
 if TYPE_CHECKING:
+    from hone.mixed.layer_precision import ConversionCost, LayerPrecision
     from hone.steps.options.tune import TuneStep
     from hone.tune import TuneResult
+
+    from .trials import Trials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class Context:
         Of training.
     search : callable, optional
         Tunes a model and returns what was found, or why there is nothing.
+    trials : Trials, optional
+        Tries candidates, for steps that search; only a build has it.
     progress : Progress
         Where to report.
     """
@@ -63,6 +68,7 @@ class Context:
     error_samples: int = 0
     seed: int = 0
     search: Callable[[Model, TuneStep], TuneResult | str] | None = None
+    trials: Trials | None = None
     progress: Progress = field(default_factory=silent)
 
     def calibration_for(self, step: StepSection) -> Dataset:
@@ -96,6 +102,10 @@ class Candidate:
         Quantized layers, each with its SQNR in dB; None where there is no noise.
     merged : mapping of str to str
         Binding name of a layer that is gone → binding name of the layer that computes it now.
+    precisions : tuple of LayerPrecision
+        What each layer has, where layers have different precisions.
+    conversions : tuple of ConversionCost
+        At the borders between them.
     """
 
     model: Model
@@ -104,6 +114,8 @@ class Candidate:
     note: str = ""
     errors: tuple[tuple[str, float | None], ...] = ()
     merged: Mapping[str, str] = field(default_factory=dict)
+    precisions: tuple[LayerPrecision, ...] = ()
+    conversions: tuple[ConversionCost, ...] = ()
 
 
 def selected(model: Model, step: StepSection) -> tuple[Layer, ...]:

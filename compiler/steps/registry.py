@@ -9,13 +9,14 @@ from typing import Any, Final
 from hone.kernel_table import rebound
 from hone.model import Model
 
-from . import int8, prune, split, tune, weights
+from . import int8, mixed, prune, split, tune, weights
 from .candidate import Candidate, Context
 from .options.section import StepSection
 
 PROPOSE: Final[Mapping[str, Callable[[Model, Any, Context], Candidate | str]]] = {
     "prune": prune.propose,
     "int8": int8.propose,
+    "mixed": mixed.propose,
     "weights": weights.propose,
     "split": split.propose,
     "tune": tune.propose,
@@ -46,6 +47,6 @@ def propose(model: Model, precision: str, step: StepSection, context: Context) -
         works_on = " or ".join(sorted(step.accepts))
         return f"{step.kind} works on {works_on}, and the model is {precision} already"
     candidate = PROPOSE[step.kind](model, step, context)
-    if isinstance(candidate, str):
+    if isinstance(candidate, str) or candidate.model is model:
         return candidate
     return replace(candidate, model=rebound(model, candidate.model, candidate.merged))

@@ -24,6 +24,7 @@ import numpy as np
 import tvm
 
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
+from hone.targets import features
 
 from .pinning import pin_all
 from .reason import reason_of
@@ -176,6 +177,7 @@ def run_candidate(connection: Connection, job: Job) -> None:
         What to do.
     """
     die_with_parent()
+    features.request_tiles()
     with suppress(OSError):  # not allowed in some containers
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from json import loads
 from multiprocessing.connection import Connection
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from . import journal
+
+LONGEST_TEMPORARY_PATH = 48
 
 LAST_BREATH_S = 2.0
 """How long a child that hung up may take to end (a crash writes its traceback first)."""
@@ -32,10 +35,18 @@ class Child:
         For the fork server's socket: a short path.
     threads : int
         Threads that candidates run on.
+    entry : str
+        Module whose ``main`` is the search.
     """
 
     def __init__(
-        self, request: dict[str, Any], folder: Path, sockets: Path, *, threads: int
+        self,
+        request: dict[str, Any],
+        folder: Path,
+        sockets: Path,
+        *,
+        threads: int,
+        entry: str = "hone.tuning.worker",
     ) -> None:
         ours, theirs = socket.socketpair()
         self._errors = folder / "search.log"
@@ -54,7 +65,7 @@ class Child:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-c"),
-                    "from hone.tuning.worker import main; main()",
+                    f"from {entry} import main; main()",
                     str(theirs.fileno()),
                     str(order),
                 ],
@@ -105,3 +116,13 @@ class Child:
         """Return the last line that the child wrote to its log."""
         lines = self._errors.read_text(errors="replace").strip().splitlines()
         return lines[-1].strip() if lines else "it wrote nothing"
+
+
+def socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder whose path leaves room for the fork server's socket (108 bytes on Linux)."""
+    place = tempfile.gettempdir()
+    return tempfile.TemporaryDirectory(
+        prefix="hone-tune-",
+        dir=place if len(place) <= LONGEST_TEMPORARY_PATH else "/tmp",
+        ignore_cleanup_errors=True,
+    )

@@ -10,6 +10,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from hone.errors import HoneError
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, tir_pipeline
+from hone.targets.schedule.tiles import register_intrinsics
 
 from .reason import reason_of
 from .records import Match, workload_module
@@ -38,6 +39,7 @@ def parse(record: list[Any], workload: ms.database.Workload) -> ms.database.Tuni
     ReplayError
         If the trace does not apply.
     """
+    register_intrinsics(workload.mod)
     try:
         return ms.database.TuningRecord.from_json(record, workload)
     except REFUSALS as error:

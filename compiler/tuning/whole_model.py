@@ -19,6 +19,7 @@ from tvm import tirx
 from tvm.s_tir import meta_schedule as ms
 
 from hone.pipeline import finalize_stages
+from hone.targets import features
 
 from .builder import die_with_parent, make_arguments
 from .confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, Views, confirm
@@ -193,6 +194,7 @@ def serve(connection: Connection, model: str, target: str) -> None:
         JSON of the TVM target.
     """
     die_with_parent()
+    features.request_tiles()
     try:
         module = tvm.ir.load_json(Path(model).read_text(encoding="utf-8"))
         running = RunningModel(module, tvm.target.Target(json.loads(target)))

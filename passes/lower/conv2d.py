@@ -264,7 +264,10 @@ def legalize_conv2d(
     window = Window.of(data, (taps_h, taps_w), attrs)
     if int(attrs.groups) == 1:
         height, width = window.output
-        transform = None if compact else choose_transform(machine, window, channels=channels)
+        transform = None
+        if not compact:
+            dtype = str(weight.ty.dtype)
+            transform = choose_transform(machine, window, channels=channels, dtype=dtype)
         if transform is not None:
             return _winograd(machine, bb, data, values, window, transform)
         tile = choose_tile(

@@ -155,7 +155,7 @@ def legalize_half_conv2d(
     window = Window.of(data, (taps_h, taps_w), call.attrs)
     transform = None
     if not compact and depth % PAIR == 0:
-        transform = choose_transform(machine, window, channels=channels, pairs=True)
+        transform = choose_transform(machine, window, channels=channels, dtype=pairs.dtype)
     if transform is not None:
         return _winograd(machine, pairs, bb, data, values, window, transform)
     height, width = window.output
@@ -205,10 +205,9 @@ def _winograd(
     tile = choose_tile(
         machine, height=1, width=tiles, channels=channels, depth=depth // PAIR, taps=1
     )
-    points = transform_weight(weight.astype("float32"), transform, tile.vectors * machine.lanes)
-    rounded = points.astype(weight.dtype)
-    *outer, _, pack = rounded.shape
-    packed = words(rounded.reshape(*outer, depth // PAIR, PAIR, pack).swapaxes(-1, -2))
+    points = transform_weight(weight, transform, tile.vectors * machine.lanes)
+    *outer, _, pack = points.shape
+    packed = words(points.reshape(*outer, depth // PAIR, PAIR, pack).swapaxes(-1, -2))
     return bb.call_te(
         partial(
             winograd_conv2d,

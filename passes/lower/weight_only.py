@@ -15,13 +15,14 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from tvm import relax, te
+from tvm import relax
 
-from hone.passes.quantize.decode_operator import Decoded, decode_call
+from hone.passes.quantize.decode_operator import TABLE_MODES, Decoded, decode_call
 from hone.targets.schedule.machine import Machine, choose_tile
 
 from .anchors import ANCHOR, through_layout_change
-from .weight_only_kernels import SCALED_ROWS, conv2d, decode, dense, scales_sums, weight_at
+from .weight_only_kernels import SCALED_ROWS, conv2d, dense, scales_sums
+from .weight_tables import decode, take
 from .weight_words import Packed, Words
 from .window import Window
 
@@ -178,24 +179,15 @@ def _conv2d(
 def _take(
     _machine: Machine, bb: relax.BlockBuilder, call: relax.Call, decoded: Decoded
 ) -> relax.Expr | None:
-    axis = call.attrs.axis
+    axis, mode = call.attrs.axis, str(call.attrs.mode)
     if len(decoded.shape) != 2 or decoded.axis != 0 or axis is None or int(axis) % 2 != 0:
         return None
-    if str(call.attrs.mode) != "fast":
+    if mode not in TABLE_MODES:
         return None
     table = decoded.call()
-    rank = len(call.args[1].ty.shape)
-
-    def rows(
-        indices: te.Tensor, packed: te.Tensor, scale: te.Tensor, *zero_point: te.Tensor
-    ) -> te.Tensor:
-        shape = (*indices.shape, decoded.shape[1])
-        return te.compute(
-            shape,
-            lambda *i: weight_at(
-                packed, scale, *zero_point, decoded=decoded, k=indices[i[:rank]], at=i[rank]
-            ),
-            name="decoded_rows",
-        )
-
-    return bb.call_te(rows, call.args[1], *table.args, primfunc_name_hint="weight_only_take")
+    return bb.call_te(
+        partial(take, decoded=decoded, mode=mode),
+        call.args[1],
+        *table.args,
+        primfunc_name_hint="weight_only_take",
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from tvm import te, tirx
 
+from hone.targets.half_dot import BFLOAT16
 from hone.targets.schedule.machine import Machine, choose_winograd
 
 from .half import PAIR, Pairs, widen
@@ -81,13 +82,13 @@ F4 = Transform(pairs=(3 / 4, 4 / 3))
 
 
 def choose_transform(
-    machine: Machine, window: Window, *, channels: int, pairs: bool = False
+    machine: Machine, window: Window, *, channels: int, dtype: str = "float32"
 ) -> Transform | None:
     """Return the transform of a convolution that is modelled faster than the direct way, if any.
 
-    Of pairs of 16-bit floats F(2x2) only, which adds little to the error of rounding: ResNet-18 in
-    bfloat16 is off by 0.65% without it, by 0.83% with it, and by 1.22% with F(4x4) in the larger
-    images, which is 1.09 times as fast (docs/performance.md).
+    In bfloat16 F(2x2) only, which adds little to the error of rounding: ResNet-18 is off by 0.65%
+    without it, by 0.83% with it, and by 1.22% with F(4x4) in the larger images, which is 1.09 times
+    as fast (docs/performance.md).
     """
     plain = window.taps == (3, 3) and window.strides == window.dilation == (1, 1)
     if not plain:
@@ -101,19 +102,19 @@ def choose_transform(
         width=width,
         channels=channels,
         depth=depth,
-        group=PAIR if pairs else 1,
-        tiles=(F2.tile,) if pairs else (F2.tile, F4.tile),
+        group=1 if Pairs.of(machine, dtype) is None else PAIR,
+        tiles=(F2.tile,) if dtype == BFLOAT16 else (F2.tile, F4.tile),
     )
     return {2: F2, 4: F4}.get(m)
 
 
 def transform_weight(weight: np.ndarray, transform: Transform, tile: int) -> np.ndarray:
-    """Transform ``[K, 3, 3, C]`` to ``[m + 2, m + 2, ceil(K / tile), C, tile]``."""
+    """Transform ``[K, 3, 3, C]`` to ``[m + 2, m + 2, ceil(K / tile), C, tile]``, of its type."""
     channels, _, _, depth = weight.shape
     matrix = transform.weight
     points = np.einsum("xr,krsc,ys->xykc", matrix, weight.astype("float64"), matrix)
     rounded = -(-channels // tile) * tile
-    padded = np.zeros((*points.shape[:2], rounded, depth), "float32")
+    padded = np.zeros((*points.shape[:2], rounded, depth), weight.dtype)
     padded[:, :, :channels] = points
     side = transform.side
     blocked = padded.reshape(side, side, rounded // tile, tile, depth)
@@ -243,7 +244,7 @@ def winograd_conv2d(
     def product(x: tirx.Var, y: tirx.Var, p: tirx.Var, k: tirx.Var) -> tirx.Expr:
         factor = weight[x, y, k // pack, c, k % pack]
         if pairs is None:
-            return te.sum(points[x, y, p, c] * factor, axis=c)
+            return te.sum(points[x, y, p, c] * widen(factor), axis=c)
         return pairs.sum(lambda half: points[x, y, p, PAIR * c + half], factor, axis=[c])
 
     sums = te.compute((side, side, rounded, blocks * pack), product, name="wino_acc")

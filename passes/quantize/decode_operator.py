@@ -25,6 +25,8 @@ from .weight_schemes import WeightLevels
 
 NAME = "hone.decode_weights"
 STORED_BITS = (1, 2, 4, 8)
+TABLE_MODES = ("fast", "clip", "wrap")
+"""What ``relax.take`` may do with an index beyond a table: nothing, the nearest row, modulo."""
 
 
 def decode_weights(

@@ -20,7 +20,7 @@ from tvm.ir import Op
 
 from hone.passes.graph.dataflow import Dataflow, Rebuilder, layer_of, shape_of, with_args
 
-from .decode_operator import Decoded
+from .decode_operator import TABLE_MODES, Decoded
 from .keep_float import check_layers
 from .site import Skipped
 from .weight_schemes import WeightOptions, quantize_weights
@@ -179,7 +179,7 @@ def _obstacle(call: relax.Call, weight: np.ndarray | None) -> str | None:
     if call.op.same_as(_MATMUL):
         return None if len(shape_of(call.args[0])) >= 2 else "a vector has no such kernel"
     axis = call.attrs.axis
-    if axis is None or int(axis) % 2 != 0 or str(call.attrs.mode) != "fast":
+    if axis is None or int(axis) % 2 != 0 or str(call.attrs.mode) not in TABLE_MODES:
         return "only whole rows are looked up in such a table"
     return None
 

@@ -83,7 +83,7 @@ class SwitchLayers:
             name = str(binding.var.name)
             result: relax.Expr = builder.emit(call, f"{name}@float")
             value = builder.emit(
-                relax.op.take(switch, relax.const(np.array([index], "int64")), axis=0),
+                relax.op.take(switch, relax.const(np.array([index], "int64")), axis=0, mode="clip"),
                 f"{name}@switch",
             )
             for position, emulation in enumerate(self._alternatives[layer_of(binding.var)], 1):

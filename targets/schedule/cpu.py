@@ -36,8 +36,7 @@ class Decision:
         Name of the PrimFunc.
     rule : str
         ``conv2d``, ``dense``, ``batch_matmul``, ``attention``, ``window``, ``winograd``, ``rows``,
-        ``columns``,
-        ``weight_only_dense``, ``weight_only_groups``, ``tiles``, ``generic``,
+        ``columns``, ``weight_only``, ``tiles``, ``generic``,
         ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
@@ -53,8 +52,8 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("conv_acc", "conv2d"),
         ("dw_acc", "window"),
         ("mm_acc", "dense"),
-        ("wonly_acc", "weight_only_dense"),
-        ("wgroup_acc", "weight_only_groups"),
+        ("wonly_acc", "weight_only"),
+        ("wgroup_acc", "weight_only"),
         ("bmm_acc", "batch_matmul"),
         ("qconv_acc", "dot_conv2d"),
         ("tile_acc", "tiles"),
@@ -82,6 +81,7 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "rows": schedule_rows,
         "columns": schedule_columns,
         "winograd": schedule_winograd,
+        "weight_only": schedule_weight_only_dense,
     }
     if rule in whole:
         whole[rule](schedule, machine)
@@ -93,8 +93,6 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "conv2d": "conv_acc",
         "window": "dw_acc",
         "dense": "mm_acc",
-        "weight_only_dense": "wonly_acc",
-        "weight_only_groups": "wgroup_acc",
         "batch_matmul": "bmm_acc",
         "dot_conv2d": "qconv_acc",
         "dot_dense": "qmm_acc",
@@ -106,10 +104,6 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         schedule_window(schedule, machine, anchor, find("dw_pad"), blocks)
     elif rule == "dense":
         schedule_dense(schedule, machine, anchor, blocks)
-    elif rule in ("weight_only_dense", "weight_only_groups"):
-        schedule_weight_only_dense(
-            schedule, machine, anchor, find("wonly_pad"), find("wgroup_part"), blocks
-        )
     elif rule == "dot_conv2d":
         schedule_dot_conv2d(schedule, machine, anchor, find("qconv_pad"), blocks)
     elif rule == "dot_dense":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
@@ -19,6 +20,7 @@ from .blocks import (
     MIN_PARALLEL_CYCLES,
     DoesNotFitError,
     extents,
+    leaves,
     name_of,
     output_block,
     parallelize,
@@ -43,6 +45,25 @@ def _shape(schedule: s_tir.Schedule, sums: SBlockRV) -> TileShape:
         left_tiles=int(notes[LEFT_TILES]),
         right_tiles=right_tiles,
     )
+
+
+def register_intrinsics(module: tvm.IRModule) -> None:
+    """Register the intrinsics that records of a kernel's schedules name.
+
+    A process that replays a record has not necessarily lowered or scheduled its kernel, which is
+    when they are registered else.
+
+    Parameters
+    ----------
+    module : IRModule
+        With one function, ``main``, not scheduled.
+    """
+    if not isinstance(module["main"].body, s_tir.SBlockRealize):
+        return
+    schedule = s_tir.Schedule(module)
+    for block in leaves(schedule):
+        if TILE_PRODUCT in schedule.get(block).annotations:
+            require(_shape(schedule, block))
 
 
 def _flatten(schedule: s_tir.Schedule, output: SBlockRV, sums: list[int]) -> None:

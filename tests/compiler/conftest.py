@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,10 +38,9 @@ class Tiny:
         TensorSpec(name="same input", dtype="float32", shape=(4, 24)),
         TensorSpec(name="weight", dtype="float32", shape=(2, 3)),
     )
-    thread = TensorSpec(name="thread", dtype="uint64", shape=(64,))
+    thread = TensorSpec(name="thread", dtype="uint64", shape=(8,))
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
         self._libraries: dict[tuple[float, bool], bytes] = {}
 
     def feeds(self, seed: int = 0) -> dict[str, np.ndarray]:
@@ -103,6 +101,9 @@ class Tiny:
         import tvm
         from tvm import relax, te, tirx
 
+        from hone import pipeline
+        from hone.targets.target import resolve
+
         def scale(a, b):
             return te.compute((4, 24), lambda i, j: a[i, j] * tirx.const(factor, "float32") + b())
 
@@ -110,7 +111,12 @@ class Tiny:
             return te.compute((3,), lambda i: a[i] + tirx.const(1, "int64"))
 
         def thread(_):
-            return te.compute((64,), lambda i: tirx.call_extern("uint64", "pthread_self"))
+            # Slow, so that no thread is done before the others have begun.
+            def identity(_index):
+                pause = tirx.call_extern("uint64", "usleep", 1000)
+                return pause + tirx.call_extern("uint64", "pthread_self")
+
+            return te.compute(self.thread.shape, identity)
 
         params = [
             relax.Var(name, relax.TensorType(spec.shape, spec.dtype))
@@ -138,17 +144,13 @@ class Tiny:
             schedule.work_on(kernel)
             (sblock,) = schedule.get_child_blocks(schedule.get_sblock("root"))
             action(schedule.get_loops(sblock)[-1])
-        processor = {"x86_64": "x86-64-v3", "aarch64": "generic"}[features.machine()]
-        target = tvm.target.Target({"kind": "llvm", "mcpu": processor})
-        path = self._folder / f"{factor}-{thread_ids}.so"
-        tvm.compile(schedule.mod, target=target).export_library(str(path))
-        return path.read_bytes()
+        return pipeline.link(schedule.mod, resolve("host"), threads=2)
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def tiny() -> Tiny:
     """Return the tiny model."""
-    return Tiny(tmp_path_factory.mktemp("tiny"))
+    return Tiny()
 
 
 @pytest.fixture(scope="session")

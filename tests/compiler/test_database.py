@@ -13,10 +13,10 @@ from tvm import relax
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
-from hone import database as database_module
 from hone.database import Database
 from hone.errors import UsageError
 from hone.targets.target import resolve
+from hone.tuning import files as database_module
 from hone.tuning import records
 from hone.tuning.records import Verdict, choose, contenders, kernels, trace_key, workload_module
 

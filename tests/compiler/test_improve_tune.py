@@ -9,6 +9,7 @@ import pytest
 from hone import driver, improve
 from hone.errors import OutOfTimeError
 from hone.progress import silent
+from hone.steps import registry
 from hone.steps.candidate import Candidate, Context
 from hone.steps.options.tune import TuneStep
 from hone.tune import TunedKernel, TuneResult
@@ -55,8 +56,7 @@ def propose(monkeypatch: pytest.MonkeyPatch, outcome: TuneResult | OutOfTimeErro
     build.target = build.threads = build.database = None
     build.progress = silent()
     build.context = Context(target=None, threads=1, search=build._search)
-    kept = SimpleNamespace(model="the model", precision="int8")
-    return build._propose(TuneStep(kind="tune"), kept)
+    return registry.propose("the model", "int8", TuneStep(kind="tune"), build.context)
 
 
 def test_a_model_is_tried_with_old_records_when_the_search_finds_no_new_one(

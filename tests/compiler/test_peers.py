@@ -13,6 +13,7 @@ import pytest
 from hone import models
 from hone.errors import ToolchainError, UsageError
 from hone.peers import Peer
+from hone.targets import features
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,26 @@ def test_peer_times_each_run_in_seconds(
     assert len(first) == 4
     assert len(second) == 2
     assert all(0 < seconds < 10 for seconds in first + second)
+
+
+def test_a_peer_says_which_precision_it_follows(
+    mlp: onnx.ModelProto, inputs: dict[str, np.ndarray]
+) -> None:
+    with Peer("onnxruntime", mlp, inputs, threads=1, precision="bf16") as peer:
+        assert peer.info.precision == "fp32"
+    pytest.importorskip("openvino")
+    if "avx512bf16" not in features.available(features.machine()):
+        pytest.skip("this processor has no bf16 for OpenVINO to follow the hint with")
+    with Peer("openvino", mlp, inputs, threads=1, precision="bf16") as peer:
+        assert peer.info.precision == "bf16"
+
+
+def test_a_precision_that_no_peer_takes_is_an_error(
+    mlp: onnx.ModelProto, inputs: dict[str, np.ndarray]
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        Peer("openvino", mlp, inputs, threads=1, precision="int4")
+    assert str(caught.value) == "peers do not run in 'int4'\n  hint: one of fp32, bf16, fp16"
 
 
 def state_of(pid: int) -> str:

@@ -168,13 +168,6 @@ def test_aligned_array_begins_at_64_bytes(shape, dtype):
         array[...] = 1
 
 
-def test_staging_takes_tensors_without_elements():
-    spec = TensorSpec(name="none", dtype="int64", shape=(0, 4))
-    staging = runtime._Staging(spec, tvm_runtime.tvm_runtime())
-    staging.fill(np.zeros((0, 4), np.int64))
-    assert tuple(staging.tensor.shape) == (0, 4)
-
-
 # --- outputs --------------------------------------------------------------------------------
 
 
@@ -202,20 +195,22 @@ def test_outputs_live_on_when_the_runner_is_gone(tiny):
     check(tiny, outputs, tiny.feeds(), 5.0)
 
 
-def test_package_is_refused_when_its_code_returns_something_else(tiny):
+def test_package_is_refused_when_its_code_is_not_what_the_manifest_says(tiny):
     library = tiny.package().library
     fewer = Signature(inputs=tiny.inputs, outputs=tiny.outputs[:2])
     package = tiny.pack(library, signature=fewer, golden=(), tolerance={"y": 0})
-    with pytest.raises(PackageError, match="manifest lists 2 outputs, its code returned 4"):
-        runtime.load(package).run(tiny.feeds())
-    wrong = TensorSpec(name="weight", dtype="float32", shape=(3, 2))
-    other = Signature(inputs=tiny.inputs, outputs=(*tiny.outputs[:3], wrong))
-    package = tiny.pack(library, signature=other, golden=())
+    with pytest.raises(
+        PackageError, match=r"lists the outputs y: .*; its code has float32\[4, 24\]"
+    ):
+        runtime.load(package)
+    wrong = TensorSpec(name="s", dtype="float32", shape=(1,))
+    other = Signature(inputs=(*tiny.inputs[:2], wrong), outputs=tiny.outputs)
     with pytest.raises(PackageError) as caught:
-        runtime.load(package).run(tiny.feeds())
+        runtime.load(tiny.pack(library, signature=other, golden=()))
     assert str(caught.value) == (
-        "the package's manifest lists output weight: float32[3, 2], its code returned "
-        "float32[2, 3].\n  hint: rebuild it with `hone compile`."
+        "the package's manifest lists the inputs gpu_0/data:0: float32[4, 24], n.1: int64[3], "
+        "s: float32[1]; its code has float32[4, 24], int64[3], float32[].\n"
+        "  hint: rebuild it with `hone compile`."
     )
 
 
@@ -383,6 +378,19 @@ def test_tiles_are_requested_when_the_code_may_use_them(tiny, monkeypatch, wante
     assert requests == ([1] if wanted else [])
 
 
+def test_package_is_refused_when_the_kernel_grants_no_tiles(tiny, monkeypatch):
+    monkeypatch.setattr(features, "missing", lambda names, arch: ())
+    monkeypatch.setattr(features, "request_tiles", lambda: False)
+    package = tiny.package(target=tiny.target(features=("amx-int8", "amx-tile")))
+    with pytest.raises(PackageError) as caught:
+        runtime.load(package)
+    assert str(caught.value).startswith(
+        "the package's code uses AMX tiles, and the operating system refuses them to this process "
+        "(arch_prctl ARCH_REQ_XCOMP_PERM)."
+    )
+    assert f"`--target {package.manifest.target.name},-amx-tile`" in caught.value.hint
+
+
 # --- threads --------------------------------------------------------------------------------
 
 
@@ -410,31 +418,41 @@ def test_threads_are_refused_when_not_positive(tiny):
         runtime.load(tiny.package(), threads=0)
 
 
+def on_own_threads(tiny, one, two) -> bool:
+    """Run both in turns: the first on one thread, the second on two, never more.
+
+    A part of a loop whose thread is late is taken over by the caller, so two is not certain.
+    """
+    pairs = [
+        (threads_used(one.run(tiny.feeds())), threads_used(two.run(tiny.feeds()))) for _ in range(8)
+    ]
+    return {used for used, _ in pairs} == {1} and {used for _, used in pairs} in ({2}, {1, 2})
+
+
 @two_processors
 def test_each_package_runs_on_its_own_threads_when_called_alternately(tiny, package):
     one, two = runtime.load(package, threads=1), runtime.load(package, threads=2)
-
-    def alternate() -> list[int]:
-        return [threads_used(loaded.run(tiny.feeds())) for loaded in (one, two) * 4]
-
-    assert alternate() == [1, 2] * 4
-    assert in_new_thread(alternate) == [1, 2] * 4
+    assert on_own_threads(tiny, one, two)
+    assert in_new_thread(on_own_threads, tiny, one, two)
 
 
 @two_processors
-def test_prepared_call_runs_on_its_threads(tiny, package, monkeypatch):
-    one, two = runtime.load(package, threads=1), runtime.load(package, threads=2)
-    calls = [loaded.prepare(tiny.feeds()) for loaded in (one, two)]
-    pool_threads = tvm_runtime.tvm_runtime()._pool_threads
+def test_threads_of_a_package_end_when_its_runner_is_gone(tiny, package):
+    def count() -> int:
+        return sum(
+            Path(f"/proc/self/task/{task}/comm").read_text() == "hone\n"
+            for task in os.listdir("/proc/self/task")
+        )
 
-    def alternate() -> list[int]:
-        counts = []
-        for call in calls * 3:
-            call()
-            counts.append(pool_threads())
-        return counts
-
-    assert in_new_thread(alternate) == [1, 2] * 3
+    gc.collect()
+    before = count()
+    loaded = runtime.load(package, threads=2)
+    assert count() == before
+    loaded.run(tiny.feeds())
+    assert count() == before + 1
+    del loaded
+    gc.collect()
+    assert count() == before
 
 
 @two_processors
@@ -448,7 +466,7 @@ def test_answers_are_right_when_four_threads_share_two_packages(tiny, package):
     def work(seed: int) -> set[tuple[float, int]]:
         start.wait()
         counts = set()
-        for step in range(50):
+        for step in range(25):
             feeds = tiny.feeds(1000 * seed + step)
             factor = (2.0, 3.0)[(seed + step) % 2]
             outputs = runners[factor].run(feeds)
@@ -457,35 +475,22 @@ def test_answers_are_right_when_four_threads_share_two_packages(tiny, package):
         return counts
 
     with ThreadPoolExecutor(4) as executor:
-        for counts in executor.map(work, range(4)):
-            assert counts == {(2.0, 1), (3.0, 2)}
+        counts = set().union(*executor.map(work, range(4)))
+    assert counts <= {(2.0, 1), (3.0, 1), (3.0, 2)}
+    assert (3.0, 2) in counts
 
 
 @two_processors
-def test_two_threads_are_used_when_the_callers_pool_has_room_for_one(tiny, package):
+def test_threads_are_not_those_of_tvm(tiny, package):
     import tvm_ffi
 
     loaded = runtime.load(package, threads=2)
 
-    def run() -> tuple[int, int]:
+    def run() -> set[int]:
         tvm_ffi.get_global_func("runtime.config_threadpool")(-3, 1, ["0"])
-        return threads_used(loaded.run(tiny.feeds())), threads_used(loaded.run(tiny.feeds()))
+        return {threads_used(loaded.run(tiny.feeds())) for _ in range(8)}
 
-    assert in_new_thread(run) == (2, 2)
-
-
-@two_processors
-def test_threads_are_right_again_when_somebody_else_configured_the_pool(tiny, package):
-    import tvm_ffi
-
-    loaded = runtime.load(package, threads=2)
-
-    def run() -> int:
-        loaded.run(tiny.feeds())
-        tvm_ffi.get_global_func("runtime.config_threadpool")(-3, 1, ["0"])
-        return threads_used(loaded.run(tiny.feeds()))
-
-    assert in_new_thread(run) == 2
+    assert 2 in in_new_thread(run)
 
 
 @two_processors
@@ -504,16 +509,18 @@ def test_child_process_answers_when_it_was_forked_after_a_run(package, tmp_path)
         if child == 0:
             signal.alarm(60)  # the workers of the parent's pool do not exist here
             code = 1
+            used = set()
             try:
-                for _ in range(2):
+                for _ in range(8):
                     outputs = runner.run(feeds)
                     assert (outputs["y"] == before["y"]).all()
-                    assert len(set(outputs["thread"].tolist())) == 2
+                    used.add(len(set(outputs["thread"].tolist())))
+                assert max(used) == 2
                 code = 0
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert len(set(runner.run(feeds)["thread"].tolist())) == 2
+        assert max(len(set(runner.run(feeds)["thread"].tolist())) for _ in range(8)) == 2
         print("done")
     """
     assert python(script, path).endswith("done\n")
@@ -521,15 +528,15 @@ def test_child_process_answers_when_it_was_forked_after_a_run(package, tmp_path)
 
 def test_next_call_works_when_a_call_failed(tiny, package, monkeypatch):
     loaded = runtime.load(package)
-    good = loaded._main
+    good = loaded._code.planned
 
-    def fail(*tensors):
+    def fail(table):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(loaded, "_main", fail)
+    monkeypatch.setattr(loaded._code, "planned", fail)
     with pytest.raises(RuntimeError, match="broken"):
         loaded.run(tiny.feeds())
-    monkeypatch.setattr(loaded, "_main", good)
+    monkeypatch.setattr(loaded._code, "planned", good)
     check(tiny, loaded.run(tiny.feeds()), tiny.feeds())
 
 
@@ -546,8 +553,8 @@ def test_affinity_of_the_caller_stays_when_a_pool_is_configured(package, tmp_pat
         for threads in (1, 2, 1):
             runner = hone.runtime.load(sys.argv[1], threads=threads)
             zeros = {t.name: np.zeros(t.shape, t.dtype) for t in runner.signature.inputs}
-            count = len(set(runner.run(zeros)["thread"].tolist()))
-            assert count == threads, count
+            used = {len(set(runner.run(zeros)["thread"].tolist())) for _ in range(8)}
+            assert max(used) == threads, used
             assert os.sched_getaffinity(0) == before
         half = {min(before)}
         os.sched_setaffinity(0, half)

@@ -18,11 +18,11 @@ import pytest
 import tvm
 from tvm import relax
 
-from hone import database as database_module
 from hone.database import Database
 from hone.errors import HoneError, InterruptError, OutOfTimeError, UsageError
 from hone.targets.target import resolve
 from hone.tune import tune
+from hone.tuning import files as database_module
 from hone.tuning.records import Verdict, kernels
 
 HOST = resolve("host")

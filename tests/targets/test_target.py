@@ -175,3 +175,36 @@ def test_target_is_frozen():
         resolve("generic").cores = 3
     with pytest.raises(TypeError, match="positional"):
         Target("generic")
+
+
+def test_extensions_are_left_out_when_the_name_says_so():
+    whole, without = resolve("sapphirerapids"), resolve("sapphirerapids,-amx-tile")
+    assert without.name == "sapphirerapids,-amx-tile"
+    assert set(whole.features) - set(without.features) == {"amx-bf16", "amx-int8", "amx-tile"}
+    assert without.tensor_instructions == ("avx512vnni", "avxvnni", "avx512bf16")
+    assert without.disabled == ()
+    both = resolve("sapphirerapids,-amx-int8,-avx512bf16")
+    assert both.name == "sapphirerapids,-amx-int8,-avx512bf16"
+    assert set(whole.features) - set(both.features) == {"amx-int8", "avx512bf16"}
+    assert not llvm_features(both.tvm_target(1)) & {"amx-int8", "avx512bf16"}
+
+
+def test_extensions_of_a_core_are_switched_off_when_they_are_left_out():
+    target = resolve("graviton3,-i8mm")
+    assert "i8mm" in target.disabled
+    assert not {"i8mm"} & (set(target.features) | llvm_features(target.tvm_target(1)))
+
+
+def test_target_is_refused_when_what_is_left_out_is_not_there():
+    with pytest.raises(UsageError) as caught:
+        resolve("zen5,-amx-tile")
+    assert str(caught.value) == (
+        "'amx-tile' cannot be left out of target 'zen5'.\n"
+        "  hint: these can: avx512bf16, avx512vnni, avxvnni."
+    )
+    with pytest.raises(UsageError, match=r"^'avx2' cannot be left out of target 'sapphirerapids'"):
+        resolve("sapphirerapids,-avx2")
+    with pytest.raises(UsageError, match="what follows a comma must be -FEATURE"):
+        resolve("host,avx512vnni")
+    with pytest.raises(UsageError, match="there is no target 'nothing'"):
+        resolve("nothing,-amx-tile")

@@ -25,7 +25,9 @@ class Recover(Section):
 class QuantizedRecover(Recover):
     """``recover`` of a step that quantizes: the student computes with quantized weights."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=3e-5, description="the highest one; low, because 8 bits begin near the teacher"
+    )
     freeze: list[Fraction] = Field(
         default=[],
         description="put this fraction of each layer's weights on their levels for good, the "
@@ -46,6 +48,9 @@ class QuantizedRecover(Recover):
 class WeightRecover(QuantizedRecover):
     """``recover`` of a step that quantizes weights to a few bits."""
 
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=0.001, description="the highest one; lower it for 8 bits"
+    )
     progressive: list[Annotated[int, Field(ge=2, le=8)]] = Field(
         default=[],
         description="train with each of these numbers of bits in turn: falling, the last one the "

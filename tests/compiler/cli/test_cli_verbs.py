@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +11,7 @@ from hone.cli.compile import compile as compile_
 from hone.errors import OutOfTimeError
 from hone.passes.quantize.calibrator import Method
 from hone.passes.quantize.equalize import By
+from hone.quantized import Wanted
 from hone.steps.options.int8 import Int8Step
 
 
@@ -200,7 +201,8 @@ class TestCompile:
         out = tmp_path / "net.hone"
         arguments = [
             "--target", "rpi4", "--threads", "3", "--precision", "int8", "--tune", "2m", "--locked",
-            "--database", "records", "--calibration", "c.npz", "--shape", "x:[1,2]", "-o", out,
+            "--database", "records", "--calibration", "c.npz", "--shape", "x:[1,2]",
+            "--goal", "size", "-o", out,
         ]  # fmt: skip
         shown = run("compile", "net.onnx", *arguments, "--json")
         assert shown.code == 0
@@ -217,6 +219,7 @@ class TestCompile:
             "calibration": "c.npz",
             "int8": "None",
             "allow_random_calibration": "False",
+            "goal": "size",
         }
         assert shown.data["package_bytes"] == out.stat().st_size
 
@@ -307,6 +310,19 @@ class Kernel:
     after_ms: float | None = 1.25
     trials: int = 8
     failed: int = 1
+    model_ms: float | None = 6.0
+    verdict: str | None = "confirmed"
+
+
+@dataclass(frozen=True)
+class Lowering:
+    choices: int = 9
+    tried: int = 4
+    decided: dict[str, str] = field(default_factory=lambda: {"winograd 1x7x7x8 to 8": "2x2"})
+    speedup: float | None = 1.25
+    exhausted: bool = False
+    elapsed_s: float = 18.0
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -317,6 +333,8 @@ class Tuned:
     elapsed_s: float = 59.0
     quarantined: tuple[object, ...] = ()
     exhausted: bool = False
+    model_speedup: float | None = 1.5
+    lowering: Lowering | None = field(default_factory=Lowering)
 
 
 class TestTune:
@@ -337,9 +355,29 @@ class TestTune:
     def test_shows_every_kernel(self, run, seen):
         shown = run("tune", "net.onnx", "--budget", "1m", "--database", "records")
         assert shown.code == 0
-        assert shown.out.splitlines()[1].split() == ["conv", "2", "8", "1", "3", "-", "1.25"]
+        row = "conv 2 8 1 3 - 1.25 100% confirmed"
+        assert shown.out.splitlines()[1].split() == row.split()
+        for text in (
+            "4 of 9 ways to lower layers were tried: 1.25 times as fast with 1 of them",
+            "winograd 1x7x7x8 to 8: 2x2",
+            "the kernels with confirmed records make the model 1.50 times as fast as without",
+        ):
+            assert text in shown.err
         assert shown.out.splitlines()[-1] == "7 records in 59 s, kept in records"
         assert (seen["budget_s"], str(seen["database"])) == (60.0, "records")
+
+    def test_passes_precision_and_goal_on_as_compile_does(self, run, seen):
+        arguments = ["--precision", "int8", "--calibration", "c.npz", "--observer", "mse"]
+        assert run("tune", "net.onnx", *arguments, "--goal", "size").code == 0
+        wanted = Wanted(
+            precision="int8",
+            calibration="c.npz",
+            int8=Int8Step(kind="int8", observer="mse"),
+        )
+        assert (seen["wanted"], seen["goal"]) == (wanted, "size")
+        refused = run("tune", "net.onnx", "--observer", "mse")
+        assert refused.code == 2
+        assert "--observer is for --precision int8." in refused.err
 
     def test_has_a_default_database_and_budget(self, run, seen):
         assert run("tune", "net.onnx", "--json").data["database"] == ".hone/tuning"

@@ -75,3 +75,37 @@ def test_json_holds_old_and_new(report, change):
     assert [row["change"] for row in data["rows"]][:2] == ["same", "removed"]
     assert data["rows"][1]["new"] is None
     assert data["rows"][0]["old"]["latency_ms"]["median"] == 1.0
+
+
+def mixed(**precisions: str) -> dict[str, object]:
+    rows = [
+        {"layer": layer, "precision": precision, "costs": {}, "reason": f"{layer} is slow"}
+        for layer, precision in precisions.items()
+    ]
+    return {"settings": {"kind": "mixed"}, "precisions": rows}
+
+
+def test_layers_with_another_precision_are_listed(change):
+    old = change({4: mixed(conv1="int8", conv2="int8", fc="fp32")})
+    new = change({4: mixed(conv1="int8", conv2="fp32", fc="int8")})
+    assert diff.compare(old, old).precisions == ()
+    changes = diff.compare(old, new).precisions
+    assert [diff.precision_cells(each) for each in changes] == [
+        ("conv2", "int8", "fp32", "conv2 is slow"),
+        ("fc", "fp32", "int8", "fc is slow"),
+    ]
+    assert diff.compare(old, new).to_json()["precisions"][0] == {
+        "layer": "conv2", "old": "int8", "new": "fp32", "reason": "conv2 is slow",
+    }  # fmt: skip
+
+
+def test_layer_that_no_step_names_counts_as_float(report, change):
+    # In the sample the int8 step quantizes conv1 and fc.
+    before = change({4: {"settings": {"kind": "int8"}}})
+    new = change({4: mixed(conv1="fp32", extra="int8")})
+    found = [(each.layer, each.old, each.new) for each in diff.compare(before, new).precisions]
+    assert found == [("conv1", "int8", "fp32"), ("extra", "fp32", "int8"), ("fc", "int8", "fp32")]
+
+
+def test_precisions_of_a_reverted_step_do_not_count(report, change):
+    assert diff.compare(report, change({3: mixed(conv1="int8")})).precisions == ()

@@ -235,16 +235,16 @@ def test_layers_pass_16_bit_floats_to_each_other(
     dtype: str, run_op: RunOp, rng: np.random.Generator
 ) -> None:
     x = rng.standard_normal((1, 8, 10, 10)).astype("float32")
-    first = (rng.standard_normal((16, 8, 3, 3)) / 8).astype("float32")
+    first = (rng.standard_normal((16, 8, 5, 5)) / 16).astype("float32")
     second = (rng.standard_normal((16, 16, 1, 1)) / 4).astype("float32")
 
     def make(x: relax.Expr) -> relax.Expr:
-        y = relax.op.nn.conv2d(x, relax.const(first), padding=1)
+        y = relax.op.nn.conv2d(x, relax.const(first), padding=2)
         y = relax.op.nn.max_pool2d(relax.op.nn.relu(y), (2, 2), (2, 2))
         return relax.op.add(relax.op.nn.conv2d(y, relax.const(second)), y)
 
     actual, _ = run_op(make, x, passes=[ToNHWC(), ToHalf(dtype=dtype)])
-    one = Conv(id="", x=x.shape, k=16, taps=(3, 3))
+    one = Conv(id="", x=x.shape, k=16, taps=(5, 5), padding=(2, 2, 2, 2))
     y = np.maximum(one.oracle(rounded(x, dtype), rounded(first, dtype)), 0)
     y = rounded(y.reshape(1, 16, 5, 2, 5, 2).max((3, 5)).astype("float32"), dtype)
     exact = np.einsum("nchw,kc->nkhw", y, rounded(second, dtype)[..., 0, 0]) + y

@@ -166,6 +166,15 @@ def test_rows_of_a_table_are_decoded_exactly(options, run_op, rng) -> None:
     np.testing.assert_array_equal(actual, table.real()[indices])
 
 
+@pytest.mark.parametrize(("mode", "rows"), [("clip", [0, 4, 0, 4]), ("wrap", [4, 4, 3, 0])])
+def test_an_index_beyond_a_table_is_clipped_or_wrapped(mode, rows, run_op, rng) -> None:
+    table = decoded(rng.standard_normal((5, 8)).astype("float32"), 0, INT4)
+    indices = np.array([-1, 4, -2, 5], np.int32)
+
+    actual, _rules = run_op(lambda i: relax.op.take(table.call(), i, axis=0, mode=mode), indices)
+    np.testing.assert_array_equal(actual, table.real()[rows])
+
+
 @pytest.mark.parametrize("options", [ODD_GROUPS, INT8, BINARY], ids=str)
 def test_a_reader_without_a_kernel_gets_the_float_weight(options, run_op, rng) -> None:
     weight = decoded(rng.standard_normal((4, 3, 3, 2)).astype("float32"), 0, options)

@@ -2,7 +2,8 @@
 //
 //   runner LIBRARY OUTPUT_PREFIX [CODE:BITS:LANES:DIM,DIM,...:FILE]...
 //
-// One argument per input, in order. Writes <prefix>0.bin, <prefix>1.bin, ... and prints a line
+// Where the library has a plan of a run (hone_run), that must return the same bytes as the virtual
+// machine. One argument per input, in order. Writes <prefix>0.bin, <prefix>1.bin, ... and prints a line
 // "CODE BITS LANES DIM DIM ..." for each output. C, not C++: libc++ of a cross compiler and
 // libstdc++ of the runtime cannot share a process. The runtime library is opened, not linked,
 // because nothing here calls it by name: it registers the virtual machine as it loads.
@@ -65,11 +66,20 @@ static TVMFFIAny Call(TVMFFIObjectHandle function, TVMFFIAny* arguments, int cou
   return result;
 }
 
-static TVMFFIObjectHandle Method(TVMFFIAny module, const char* name) {
+static TVMFFIObjectHandle Find(TVMFFIAny module, const char* name) {
   TVMFFIAny arguments[] = {module, String(name), Bool(1)};
   TVMFFIAny function = Call(Global("ffi.ModuleGetFunction"), arguments, 3, name);
-  if (function.type_index != kTVMFFIFunction) Fail("the library has no function %s", name);
-  return function.v_obj;
+  return function.type_index == kTVMFFIFunction ? function.v_obj : NULL;
+}
+
+static TVMFFIObjectHandle Method(TVMFFIAny module, const char* name) {
+  TVMFFIObjectHandle function = Find(module, name);
+  if (function == NULL) Fail("the library has no function %s", name);
+  return function;
+}
+
+static const DLTensor* Tensor(TVMFFIAny value) {
+  return (const DLTensor*)((const char*)value.v_obj + sizeof(TVMFFIObject));
 }
 
 static size_t Bytes(const DLTensor* tensor) {
@@ -124,7 +134,7 @@ static TVMFFIAny ReadInput(char* spec) {
 static void WriteOutput(TVMFFIAny value, const char* prefix, int index) {
   if (value.type_index != kTVMFFITensor)
     Fail("output %d is not a tensor but of type index %d", index, (int)value.type_index);
-  const DLTensor* tensor = (const DLTensor*)((const char*)value.v_obj + sizeof(TVMFFIObject));
+  const DLTensor* tensor = Tensor(value);
   char path[4096];
   snprintf(path, sizeof path, "%s%d.bin", prefix, index);
   FILE* file = fopen(path, "wb");
@@ -137,6 +147,39 @@ static void WriteOutput(TVMFFIAny value, const char* prefix, int index) {
   putchar('\n');
 }
 
+static void* Aligned(size_t size) {
+  return aligned_alloc(kAlignment, (size / kAlignment + 1) * kAlignment);
+}
+
+static const TVMFFISeqCell* Fields(TVMFFIAny array) {
+  return (const TVMFFISeqCell*)((const char*)array.v_obj + sizeof(TVMFFIObject));
+}
+
+// Requires that the planned run returns what the virtual machine did.
+static void CheckPlan(TVMFFIAny library, TVMFFIAny machine, const TVMFFIAny* inputs, int count,
+                      const TVMFFIAny* outputs, int results) {
+  TVMFFIObjectHandle run = Find(library, "hone_run");
+  if (run == NULL) return;
+  TVMFFIAny size = Call(Method(library, "hone_workspace_bytes"), NULL, 0, "hone_workspace_bytes");
+  TVMFFIAny constants = Call(Method(machine, "hone_constants"), NULL, 0, "hone_constants");
+  const TVMFFISeqCell* weights = Fields(constants);
+  void** table = calloc(1 + count + results + weights->size, sizeof(void*));
+  void** next = table;
+  *next++ = Aligned(size.v_int64);
+  for (int index = 0; index < count; ++index) *next++ = Tensor(inputs[index])->data;
+  void** written = next;
+  for (int index = 0; index < results; ++index) *next++ = Aligned(Bytes(Tensor(outputs[index])));
+  for (int index = 0; index < weights->size; ++index)
+    *next++ = Tensor(((const TVMFFIAny*)weights->data)[index])->data;
+  TVMFFIAny argument = Int((int64_t)(intptr_t)table);
+  for (int repetition = 0; repetition < 2; ++repetition) Call(run, &argument, 1, "hone_run");
+  for (int index = 0; index < results; ++index) {
+    const DLTensor* tensor = Tensor(outputs[index]);
+    if (memcmp((const char*)tensor->data + tensor->byte_offset, written[index], Bytes(tensor)) != 0)
+      Fail("output %d of the plan is not that of the virtual machine", index);
+  }
+}
+
 int main(int argc, char** argv) {
   if (argc < 3) Fail("usage: runner LIBRARY OUTPUT_PREFIX [CODE:BITS:LANES:DIMS:FILE]...");
   if (argc - 3 > kMaxInputs) Fail("more than %d inputs", kMaxInputs);
@@ -144,6 +187,12 @@ int main(int argc, char** argv) {
 
   TVMFFIAny path = String(argv[1]);
   TVMFFIAny library = Call(Global("ffi.ModuleLoadFromFile"), &path, 1, argv[1]);
+  const char* threads = getenv("TVM_NUM_THREADS");
+  TVMFFIObjectHandle configure = Find(library, "hone_threads");
+  if (configure != NULL && threads != NULL) {
+    TVMFFIAny count = Int(strtol(threads, NULL, 10));
+    Call(configure, &count, 1, "hone_threads");
+  }
   TVMFFIAny machine = Call(Method(library, "vm_load_executable"), NULL, 0, "vm_load_executable");
   // Device type, device id and allocator (2 is pooled), of the host and of the device.
   TVMFFIAny devices[] = {Int(kDLCPU), Int(0), Int(2), Int(kDLCPU), Int(0), Int(2)};
@@ -153,13 +202,13 @@ int main(int argc, char** argv) {
   for (int index = 3; index < argc; ++index) inputs[index - 3] = ReadInput(argv[index]);
   TVMFFIAny result = Call(Method(machine, "main"), inputs, argc - 3, "main");
 
-  if (result.type_index != kTVMFFIArray) {
-    WriteOutput(result, argv[2], 0);
-    return 0;
+  const TVMFFIAny* outputs = &result;
+  int results = 1;
+  if (result.type_index == kTVMFFIArray) {
+    outputs = Fields(result)->data;
+    results = (int)Fields(result)->size;
   }
-  const TVMFFISeqCell* outputs =
-      (const TVMFFISeqCell*)((const char*)result.v_obj + sizeof(TVMFFIObject));
-  for (int index = 0; index < outputs->size; ++index)
-    WriteOutput(((const TVMFFIAny*)outputs->data)[index], argv[2], index);
+  for (int index = 0; index < results; ++index) WriteOutput(outputs[index], argv[2], index);
+  CheckPlan(library, machine, inputs, argc - 3, outputs, results);
   return 0;
 }

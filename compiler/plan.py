@@ -1,0 +1,323 @@
+"""What a model of static shapes does in one run: kernels in order, on memory planned ahead.
+
+The plan is read off the Relax function once its storage is planned. Whatever is not a straight
+line of kernels over static memory (a branch, a call into the runtime, a shape that depends on
+data) has no plan and is left to TVM's virtual machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TypeAlias
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir import GenericConst, GlobalVar, Op
+
+from hone.passes.lower.export_kernels import ALIGNMENT_BYTES
+
+
+class Region(StrEnum):
+    """A piece of memory that a run is given."""
+
+    WORKSPACE = "workspace"
+    INPUT = "input"
+    OUTPUT = "output"
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a tensor begins.
+
+    Parameters
+    ----------
+    region : Region
+        Kind of memory.
+    index : int
+        Which of the inputs, outputs or constants; 0 for the workspace.
+    offset_bytes : int
+        From its beginning.
+    """
+
+    region: Region
+    index: int = 0
+    offset_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCall:
+    """One kernel with the tensors that it is given.
+
+    Parameters
+    ----------
+    kernel : str
+        Name of the function.
+    places : tuple of Place
+        One for each parameter; results come last.
+    """
+
+    kernel: str
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """An output that no kernel writes: an input, a constant, a part of another output.
+
+    Parameters
+    ----------
+    output : int
+        Which one.
+    source : Place
+        Where its content is.
+    size_bytes : int
+        Of the output.
+    """
+
+    output: int
+    source: Place
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a tensor looks like.
+
+    Parameters
+    ----------
+    dtype : str
+        As numpy names it.
+    extents : tuple of int
+        Dimensions.
+    """
+
+    dtype: str
+    extents: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.extents) * int(tvm.runtime.DataType(self.dtype).itemsize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One run.
+
+    Parameters
+    ----------
+    inputs, outputs : tuple of Shape
+        In order.
+    constants : tuple of GenericConst
+        Weights, each once.
+    workspace_bytes : int
+        Of the memory that activations share.
+    calls : tuple of KernelCall
+        In order.
+    copies : tuple of Copy
+        After the last call.
+    """
+
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    constants: tuple[GenericConst, ...]
+    workspace_bytes: int
+    calls: tuple[KernelCall, ...]
+    copies: tuple[Copy, ...]
+
+
+@dataclass(frozen=True)
+class _Storage:
+    number: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor; in the region `WORKSPACE` the index counts storages, to be given places."""
+
+    region: Region
+    index: int
+    offset_bytes: int
+    shape: Shape
+
+
+class _NoPlanError(Exception):
+    """The function is not a straight line of kernels."""
+
+
+_ALLOC_STORAGE = Op.get("relax.memory.alloc_storage")
+_ALLOC_TENSOR = Op.get("relax.memory.alloc_tensor")
+_RESHAPE = Op.get("relax.reshape")
+
+_Value: TypeAlias = "_Storage | _Tensor | tuple[_Value, ...]"
+
+
+def plan_of(module: tvm.IRModule) -> Plan | None:
+    """Return the plan of ``main``, or None where it has none.
+
+    Parameters
+    ----------
+    module : IRModule
+        Storage planned, tensors passed by destination (after ``LowerAllocTensor``).
+    """
+    try:
+        return _Reader(module).read()
+    except _NoPlanError:
+        return None
+
+
+class _Reader:
+    def __init__(self, module: tvm.IRModule) -> None:
+        self._module = module
+        self._main = module["main"]
+        self._values: dict[relax.Var, _Value] = {}
+        self._storages: list[int] = []
+        self._constants: list[GenericConst] = []
+        self._calls: list[tuple[str, list[_Tensor]]] = []
+
+    def read(self) -> Plan:
+        for index, parameter in enumerate(self._main.params):
+            self._values[parameter] = _Tensor(Region.INPUT, index, 0, _shape(parameter.ty))
+        body = self._main.body
+        if not isinstance(body, relax.SeqExpr):
+            raise _NoPlanError
+        for block in body.blocks:
+            for binding in block.bindings:
+                if not isinstance(binding, relax.VarBinding):
+                    raise _NoPlanError
+                self._bind(binding.var, binding.value)
+        result = self._value(body.body)
+        results = result if isinstance(result, tuple) else (result,)
+        outputs = [tensor for tensor in results if isinstance(tensor, _Tensor)]
+        if len(outputs) != len(results):
+            raise _NoPlanError
+        return self._place(outputs)
+
+    def _bind(self, variable: relax.Var, value: relax.Expr) -> None:
+        if isinstance(value, relax.Call):
+            found = self._call(value)
+            if found is not None:
+                self._values[variable] = found
+        else:
+            self._values[variable] = self._value(value)
+
+    def _call(self, call: relax.Call) -> _Value | None:
+        if isinstance(call.op, GlobalVar):
+            if not isinstance(self._module[call.op], tirx.PrimFunc):
+                raise _NoPlanError
+            self._calls.append((call.op.name_hint, [self._tensor(arg) for arg in call.args]))
+            return None
+        if call.op == _ALLOC_STORAGE:
+            self._storages.append(math.prod(_integers(call.args[0].values)))
+            return _Storage(len(self._storages) - 1)
+        if call.op == _ALLOC_TENSOR:
+            storage = self._value(call.args[0])
+            if not isinstance(storage, _Storage):
+                raise _NoPlanError
+            (offset,) = _integers([call.args[1]])
+            extents = tuple(_integers(call.args[2].values))
+            shape = Shape(dtype=str(call.args[3].value), extents=extents)
+            return _Tensor(Region.WORKSPACE, storage.number, offset, shape)
+        if call.op == _RESHAPE:
+            tensor = self._tensor(call.args[0])
+            return replace(tensor, shape=_shape(call.ty))
+        raise _NoPlanError
+
+    def _value(self, expression: relax.Expr) -> _Value:
+        if isinstance(expression, relax.Var):
+            if expression not in self._values:
+                raise _NoPlanError
+            return self._values[expression]
+        if isinstance(expression, GenericConst):
+            return self._constant(expression)
+        if isinstance(expression, relax.Tuple):
+            return tuple(self._value(field) for field in expression.fields)
+        if isinstance(expression, relax.TupleGetItem):
+            value = self._value(expression.tuple_value)
+            if isinstance(value, tuple):
+                return value[int(expression.index)]
+        raise _NoPlanError
+
+    def _tensor(self, expression: relax.Expr) -> _Tensor:
+        value = self._value(expression)
+        if not isinstance(value, _Tensor):
+            raise _NoPlanError
+        return value
+
+    def _constant(self, constant: GenericConst) -> _Tensor:
+        known = (i for i, other in enumerate(self._constants) if other.same_as(constant))
+        index = next(known, len(self._constants))
+        if index == len(self._constants):
+            self._constants.append(constant)
+        return _Tensor(Region.CONSTANT, index, 0, _shape(constant.ty))
+
+    def _place(self, outputs: Sequence[_Tensor]) -> Plan:
+        """Give outputs the caller's memory where they fill a storage, and the rest a workspace."""
+        places: dict[int, Place] = {}
+        copies: list[tuple[int, _Tensor]] = []
+        for index, tensor in enumerate(outputs):
+            whole = (
+                tensor.region is Region.WORKSPACE
+                and tensor.index not in places
+                and tensor.shape.size_bytes == self._storages[tensor.index]
+            )
+            if whole:
+                places[tensor.index] = Place(region=Region.OUTPUT, index=index)
+            else:
+                copies.append((index, tensor))
+        workspace_bytes = 0
+        for number, size in enumerate(self._storages):
+            if number not in places:
+                places[number] = Place(region=Region.WORKSPACE, offset_bytes=workspace_bytes)
+                workspace_bytes += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return Plan(
+            inputs=tuple(_shape(parameter.ty) for parameter in self._main.params),
+            outputs=tuple(tensor.shape for tensor in outputs),
+            constants=tuple(self._constants),
+            workspace_bytes=workspace_bytes,
+            calls=tuple(
+                KernelCall(
+                    kernel=kernel, places=tuple(_placed(tensor, places) for tensor in tensors)
+                )
+                for kernel, tensors in self._calls
+            ),
+            copies=tuple(
+                Copy(
+                    output=index, source=_placed(tensor, places), size_bytes=tensor.shape.size_bytes
+                )
+                for index, tensor in copies
+            ),
+        )
+
+
+def _placed(tensor: _Tensor, storages: Mapping[int, Place]) -> Place:
+    if tensor.region is not Region.WORKSPACE:
+        return Place(region=tensor.region, index=tensor.index)
+    storage = storages[tensor.index]
+    return Place(
+        region=storage.region,
+        index=storage.index,
+        offset_bytes=storage.offset_bytes + tensor.offset_bytes,
+    )
+
+
+def _integers(values: Sequence[object]) -> list[int]:
+    return [_integer(value) for value in values]
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, int):
+        return value
+    if isinstance(value, tirx.IntImm):
+        return int(value.value)
+    raise _NoPlanError
+
+
+def _shape(ty: tvm.ir.Type) -> Shape:
+    if not isinstance(ty, relax.TensorType) or not isinstance(ty.shape, relax.ShapeExpr):
+        raise _NoPlanError
+    return Shape(dtype=str(ty.dtype), extents=tuple(_integers(ty.shape.values)))
