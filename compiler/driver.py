@@ -6,7 +6,8 @@ candidate of a build goes through as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from .database import Database
 from .errors import LockedError, ToolchainError, UsageError
 from .importing.boundary import unpackable
 from .importing.graph import raise_problems
-from .kernel_table import kernel_table
+from .kernel_table import converting_kernels, kernel_table
 from .model import Model
 from .package import Package
 from .packaging.golden import Golden
@@ -63,12 +64,15 @@ class Assembled:
         The rule of each kernel, and which ones the tuning database covers.
     quantization : Quantization or None
         What of a model that was quantized before its import became integer kernels.
+    conversions : mapping of str to tuple of str
+        Kernel → what it converts between float and integers, such as ``quantize image``.
     """
 
     package: Package
     lowered: tvm.IRModule
     scheduled: pipeline.Scheduled
     quantization: Quantization | None = None
+    conversions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def runs_here(target: Target) -> bool:
@@ -152,7 +156,11 @@ def assemble(
         needs_runtime_extra=b"tvm.contrib.sort" in library,
     )
     return Assembled(
-        package=package, lowered=lowered, scheduled=scheduled, quantization=quantization
+        package=package,
+        lowered=lowered,
+        scheduled=scheduled,
+        quantization=quantization,
+        conversions=converting_kernels(model, integers.module, lowered),
     )
 
 

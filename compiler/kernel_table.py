@@ -53,6 +53,37 @@ def kernel_table(
     }
 
 
+def converting_kernels(
+    model: Model, computed: tvm.IRModule, lowered: tvm.IRModule
+) -> dict[str, tuple[str, ...]]:
+    """Return kernel → the conversions that it does, such as ``quantize image``.
+
+    Parameters
+    ----------
+    model, computed, lowered
+        As for `kernel_table`.
+    """
+    found = conversions(computed) if is_dataflow(computed["main"]) else {}
+    ids = tensor_ids(model)
+    table = {
+        kernel: tuple(
+            f"{found[name].direction} {ids.get(found[name].layer, found[name].layer)}"
+            for name in names
+            if name in found
+        )
+        for kernel, names in kernel_layers(lowered).items()
+    }
+    return {kernel: texts for kernel, texts in table.items() if texts}
+
+
+def tensor_ids(model: Model) -> dict[str, str]:
+    """Return what people call the tensors of a model: binding → layer, parameter → input."""
+    names = {layer.binding: layer.id for layer in model.layers}
+    for param, spec in zip(model.module["main"].params, model.signature.inputs, strict=True):
+        names[str(param.name)] = spec.name
+    return names
+
+
 def rebound(before: Model, after: Model, merged: Mapping[str, str]) -> Model:
     """Return a changed model whose layers name the bindings that carry their results now.
 

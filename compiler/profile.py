@@ -36,6 +36,8 @@ class KernelProfile:
         Of the kernel.
     layers : tuple of str
         Ids of the layers that it computes.
+    converts : tuple of str
+        Conversions between float and integers that it does; none for a package.
     calls : int
         In one run.
     time_ms : float
@@ -73,6 +75,7 @@ class KernelProfile:
     floor_ms: float | None = None
     bound: Bound | None = None
     peak: str | None = None
+    converts: tuple[str, ...] = ()
 
     @property
     def gflops(self) -> float | None:
@@ -141,6 +144,7 @@ def profile(
     seconds: float = 2.0,
     costs: Mapping[str, KernelCost] | None = None,
     rules: Mapping[str, str] | None = None,
+    conversions: Mapping[str, tuple[str, ...]] | None = None,
     roofline: Roofline | None = None,
     on_round: Callable[[int], None] | None = None,
 ) -> Profile:
@@ -158,6 +162,8 @@ def profile(
         Of each kernel, from `hone.profiling.kernel_costs.kernel_costs`.
     rules : mapping of str to str, optional
         What scheduled each kernel.
+    conversions : mapping of str to tuple of str, optional
+        What each kernel converts.
     roofline : Roofline, optional
         Of this machine, for as many threads.
     on_round : callable, optional
@@ -206,6 +212,7 @@ def profile(
             KernelProfile(
                 name=name,
                 layers=runner.manifest.kernels.get(name, ()),
+                converts=(conversions or {}).get(name, ()),
                 calls=len(calls),
                 time_ms=times_ms[name],
                 share=times_ms[name] / whole_ms if whole_ms else 0.0,
@@ -264,6 +271,7 @@ def profile_compiled(
         seconds=seconds,
         costs=kernel_costs(assembled.lowered, model),
         rules={decision.kernel: decision.rule for decision in assembled.scheduled.decisions},
+        conversions=assembled.conversions,
         roofline=roofline,
         on_round=on_round,
     )

@@ -80,7 +80,8 @@ class Answer:
     assignment : mapping of str to str
         Layer → precision, for the layers that are not in float.
     reasons : mapping of str to str
-        Layer → why it does not have the first of the precisions; only layers that do not.
+        Layer → why it does not have a precision before its own, or why it is not in float where
+        that is faster.
     sensitivity : mapping of str to mapping of str to float
         Precision → layer → output error.
     clock : Clock or None
@@ -244,7 +245,7 @@ class Controller:
     def _reasons(
         self, found: Assignment, accurate: Assignment, clock: Clock | None
     ) -> dict[str, str]:
-        """Return why layers do not have the precisions before their own."""
+        """Return why layers do not have the precisions before their own, or float."""
         reasons: dict[str, str] = {}
         for layer in self._question.layers:
             own = found.get(layer, FLOAT)
@@ -252,6 +253,8 @@ class Controller:
                 f"{precision}: {self._why(layer, precision, own, accurate, clock)}"
                 for precision in self._question.precisions[: self._rank(own)]
             ]
+            if own != FLOAT and clock is not None:
+                missed += _why_not_float(layer, own, clock)
             if missed:
                 reasons[layer] = "; ".join(missed)
         return reasons
@@ -270,20 +273,30 @@ class Controller:
             if precision in self._cut:
                 return "the time limit came first"
             return "costs more accuracy than the budget allows"
-        times = clock.nodes.get(layer, {}) if clock is not None else {}
-        if precision not in times or own not in times:
+        times = {} if clock is None else clock.nodes.get(layer, {})
+        if clock is None or precision not in times or own not in times:
             return "the whole network is faster without it"
         if times[precision] >= times[own]:
             return f"takes {times[precision]:.1f} us, {own} {times[own]:.1f} us"
-        conversions = (
-            sum(border.us for border in clock.borders if layer in (border.left, border.right))
-            if clock is not None
-            else 0.0
-        )
-        return (
-            f"takes {times[precision]:.1f} us and up to {conversions:.1f} us of conversions, "
-            f"{own} {times[own]:.1f} us"
-        )
+        return _with_conversions(layer, precision, own, clock)
+
+
+def _why_not_float(layer: str, own: str, clock: Clock) -> list[str]:
+    """Return what keeps a layer from float although it is faster there, if it is."""
+    times = clock.nodes.get(layer, {})
+    if own not in times or FLOAT not in times or times[own] <= times[FLOAT]:
+        return []
+    return [f"{FLOAT}: {_with_conversions(layer, FLOAT, own, clock)}"]
+
+
+def _with_conversions(layer: str, precision: str, own: str, clock: Clock) -> str:
+    """Say that the conversions of a precision eat what it gains."""
+    us = sum(border.us for border in clock.borders if layer in (border.left, border.right))
+    times = clock.nodes[layer]
+    return (
+        f"takes {times[precision]:.1f} us and up to {us:.1f} us of conversions, "
+        f"{own} {times[own]:.1f} us"
+    )
 
 
 def most_probes(question: Question) -> int:

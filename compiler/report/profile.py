@@ -69,6 +69,7 @@ def kernels(profile: Profile) -> list[LayerRow]:
         LayerRow(
             kernel=kernel.name,
             layers=list(kernel.layers),
+            converts=list(kernel.converts),
             calls=kernel.calls,
             latency_ms=kernel.time_ms,
             share=min(kernel.share, 1.0),
@@ -100,7 +101,7 @@ def totals(profile: Profile) -> Totals:
 
 def cells(row: LayerRow) -> tuple[str, ...]:
     """Return one text per column of `COLUMNS`."""
-    return (row.kernel, short(row.layers), *figures(row))
+    return (row.kernel, short([*row.converts, *row.layers]), *figures(row))
 
 
 def figures(row: LayerRow) -> tuple[str, ...]:

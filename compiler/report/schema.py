@@ -170,6 +170,9 @@ class LayerRow(Row):
 
     kernel: str
     layers: list[str] = Field(description="ids of the layers fused into it")
+    converts: list[str] = Field(
+        default=[], description="conversions between precisions that it does, by tensor"
+    )
     calls: Annotated[int, Field(ge=1)] = 1
     latency_ms: Milliseconds | None = Field(default=None, description="of all its calls together")
     share: Fraction | None = Field(default=None, description="of the whole run")

@@ -15,6 +15,7 @@ import hone
 from hone import fingerprint
 from hone.data import Dataset
 from hone.errors import UsageError
+from hone.kernel_table import tensor_ids
 from hone.measure import Outcome
 from hone.mixed.controller import Answer, Controller, Question, most_probes
 from hone.mixed.layer_precision import ConversionCost, Cost, LayerPrecision
@@ -321,17 +322,14 @@ def _conversion_costs(
 ) -> tuple[ConversionCost, ...]:
     """Return what each conversion of a network takes, in the order of execution."""
     found = conversions(model.module)
-    inputs = {
-        str(param.name): spec.name
-        for param, spec in zip(model.module["main"].params, model.signature.inputs, strict=True)
-    }
+    tensors = tensor_ids(model)
     rows = []
     for call in calls:
         alone = is_conversion(call, found)
         beside = tuple(ids[name] for name in call.names if name in ids and name not in found)
         rows += [
             ConversionCost(
-                tensor=inputs.get(found[name].layer, ids.get(found[name].layer, found[name].layer)),
+                tensor=tensors.get(found[name].layer, found[name].layer),
                 direction=found[name].direction,
                 kernel=call.kernel,
                 us=call.us if alone else None,

@@ -14,7 +14,7 @@ from hone import pipeline
 from hone.calibrate import calibrate
 from hone.data import Dataset
 from hone.importer import load
-from hone.kernel_table import kernel_table, rebound
+from hone.kernel_table import converting_kernels, kernel_table, rebound
 from hone.model import Model
 from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
@@ -133,3 +133,14 @@ def test_kernels_of_a_quantized_model_name_every_node():
     assert set().union(*kernels.values()) == {layer.id for layer in model.layers}
     assert together(kernels, "conv1", "relu1")
     assert together(kernels, "conv2", "conv2_q")
+
+
+def test_kernels_that_convert_name_the_tensor(digits, prepared, samples):
+    ranges = calibrate(prepared, samples, threads=1)
+    result = quantize_int8(prepared.module, ranges, keep_float=["/conv2/Conv"])
+    model = rebound(digits, digits.with_module(result.module), result.merged)
+    lowered = pipeline.lower(result.module, TARGET, threads=1)
+    converts = converting_kernels(model, result.module, lowered)
+    texts = {text for each in converts.values() for text in each}
+    assert "quantize image" in texts
+    assert len(texts) == len(result.conversions)

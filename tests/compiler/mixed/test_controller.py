@@ -133,7 +133,11 @@ def test_budget_of_one_quantizes_all_that_pays():
 def test_lone_slow_layer_stays_when_its_two_conversions_cost_more():
     fake, question = int8_only(3, [0.1] * 3, budget=1.0)
     fake.times = clock_of([5, 11, 5], [10, 10, 10], border_us=3.0)
-    assert len(search(fake, question).assignment) == 3
+    answer = search(fake, question)
+    assert len(answer.assignment) == 3
+    assert answer.reasons == {
+        "conv1": "fp32: takes 10.0 us and up to 6.0 us of conversions, int8 11.0 us"
+    }
 
 
 def test_conversions_that_eat_a_gain_are_named():

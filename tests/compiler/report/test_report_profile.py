@@ -57,6 +57,11 @@ def test_unknown_figures_are_dashes():
     assert cells == ("k", "-", "-", "-", "1", *["-"] * 6)
 
 
+def test_conversions_stand_before_layers():
+    row = LayerRow(kernel="k", layers=["pool"], converts=["quantize pool"])
+    assert profile.cells(row)[1] == "quantize pool pool"
+
+
 def test_memory_bound_names_no_peak():
     assert profile.bound(KERNEL.model_copy(update={"bound": "memory"})) == "memory"
 
