@@ -120,6 +120,7 @@ class Controller:
         self._most = most_probes(question)
         self._probes = 0
         self._cut: list[str] = []
+        self._slower: list[Assignment] = []
 
     def run(self) -> Answer:
         """Search, and return the best result that was probed.
@@ -210,7 +211,9 @@ class Controller:
                 return accurate, clock
             self._task.update(self._probes, "whole networks against each other")
             candidates = [accurate, *proposals]
-            return candidates[self._oracle.fastest(candidates)], clock
+            best = self._oracle.fastest(candidates)
+            self._slower = candidates[:best] + candidates[best + 1 :]
+            return candidates[best], clock
         except OutOfTimeError:
             self._cut.append("")
             return accurate, clock
@@ -254,7 +257,7 @@ class Controller:
                 for precision in self._question.precisions[: self._rank(own)]
             ]
             if own != FLOAT and clock is not None:
-                missed += _why_not_float(layer, own, clock)
+                missed += self._why_not_float(layer, own, clock)
             if missed:
                 reasons[layer] = "; ".join(missed)
         return reasons
@@ -280,13 +283,17 @@ class Controller:
             return f"takes {times[precision]:.1f} us, {own} {times[own]:.1f} us"
         return _with_conversions(layer, precision, own, clock)
 
-
-def _why_not_float(layer: str, own: str, clock: Clock) -> list[str]:
-    """Return what keeps a layer from float although it is faster there, if it is."""
-    times = clock.nodes.get(layer, {})
-    if own not in times or FLOAT not in times or times[own] <= times[FLOAT]:
-        return []
-    return [f"{FLOAT}: {_with_conversions(layer, FLOAT, own, clock)}"]
+    def _why_not_float(self, layer: str, own: str, clock: Clock) -> list[str]:
+        """Return what keeps a layer from float although it is faster there, if it is."""
+        times = clock.nodes.get(layer, {})
+        if own not in times or FLOAT not in times or times[own] <= times[FLOAT]:
+            return []
+        if any(layer not in other for other in self._slower):
+            return [
+                f"{FLOAT}: takes {times[FLOAT]:.1f} us, {own} {times[own]:.1f} us, but the whole "
+                "network was not faster with it"
+            ]
+        return [f"{FLOAT}: {_with_conversions(layer, FLOAT, own, clock)}"]
 
 
 def _with_conversions(layer: str, precision: str, own: str, clock: Clock) -> str:

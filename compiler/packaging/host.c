@@ -170,9 +170,15 @@ static void Announce(void) {
 }
 
 static void Start(void) {
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
+  sigset_t others, before;
+  sigfillset(&others);
+  // Signals are for the program's own threads, but those that an instruction raises stay here: where
+  // one is blocked the kernel ends the process without calling the program's handler.
+  sigdelset(&others, SIGSEGV);
+  sigdelset(&others, SIGBUS);
+  sigdelset(&others, SIGFPE);
+  sigdelset(&others, SIGILL);
+  pthread_sigmask(SIG_SETMASK, &others, &before);
   int created = 1;
   pool.stop = 0;
   pool.started = 1;

@@ -88,7 +88,7 @@ def _layers(report: Report, rows: list[PrecisionRow]) -> Table:
             "layer",
             "precision",
             *(f"accuracy cost in {name}" for name in lower),
-            "us",
+            "us as chosen",
             *(f"us in {name}" for name in candidates),
             "SQNR dB",
             "why",

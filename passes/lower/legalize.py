@@ -12,6 +12,7 @@ from functools import partial
 import tvm
 from tvm import relax
 
+from hone.passes.quantize.binarize import NAME as BINARIZE
 from hone.passes.quantize.decode_operator import NAME as DECODE_WEIGHTS
 from hone.passes.quantize.legalize import rules as integer_rules
 from hone.targets.schedule.machine import Machine
@@ -31,7 +32,13 @@ from .reductions import STATISTICS, legalize_statistic
 from .weight_only import legalize_decode
 from .weight_only import rules as weight_only_rules
 
-READ_THROUGH = ("relax.permute_dims", "relax.astype", "relax.strided_slice", DECODE_WEIGHTS)
+READ_THROUGH = (
+    "relax.permute_dims",
+    "relax.astype",
+    "relax.strided_slice",
+    DECODE_WEIGHTS,
+    BINARIZE,
+)
 
 Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 

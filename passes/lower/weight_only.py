@@ -15,11 +15,14 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from tvm import relax
+from tvm import relax, te
 
+from hone.passes.quantize.binarize import binarized
 from hone.passes.quantize.decode_operator import TABLE_MODES, Decoded, decode_call
+from hone.passes.quantize.weight_schemes import WeightLevels
 from hone.targets.schedule.machine import Machine, choose_tile
 
+from . import weight_signs
 from .anchors import ANCHOR, through_layout_change
 from .weight_only_kernels import SCALED_ROWS, conv2d, dense, scales_sums
 from .weight_tables import decode, take
@@ -96,6 +99,22 @@ def _matmul(
     levels = decoded.levels
     channels, depth = levels.levels.shape
     rows = math.prod(shape[:-1])
+    signs = _signs_of(bb, call.args[0], levels)
+    if signs is not None:
+        tile = choose_tile(
+            machine, height=1, width=rows, channels=channels, depth=-(-depth // 32), taps=1
+        )
+        packed = Packed.of(
+            decoded, weight_signs.pack_signs(levels.levels), tile.vectors * machine.lanes
+        )
+        return _flat(
+            bb,
+            signs,
+            channels,
+            partial(weight_signs.dense, channels=channels, tile_rows=tile.columns),
+            packed,
+            "binary_dense",
+        )
     groups = levels.scale.shape[1]
     words = Words.of(
         bits=levels.bits,
@@ -114,19 +133,34 @@ def _matmul(
         filled[:, depth:] = ends[:, depth:]
     runs = words.pack(filled.reshape(channels, groups, words.run)).reshape(channels, -1)
     packed = Packed.of(decoded, runs, tile.vectors * machine.lanes)
-    data = call.args[0]
-    if len(shape) > 2:
-        data = bb.emit(relax.op.reshape(data, (rows, depth)))
+    kernel = partial(dense, words=words, channels=channels, tile_rows=tile.columns)
+    return _flat(bb, call.args[0], channels, kernel, packed, "weight_only_dense")
+
+
+def _flat(
+    bb: relax.BlockBuilder,
+    data: relax.Expr,
+    channels: int,
+    kernel: Callable[..., te.Tensor],
+    packed: Packed,
+    name: str,
+) -> relax.Expr:
+    """Call a kernel of a matrix with data of any rank."""
+    *outer, depth = (int(extent) for extent in data.ty.shape)
+    if len(outer) > 1:
+        data = bb.emit(relax.op.reshape(data, (math.prod(outer), depth)))
     product = bb.call_te(
-        partial(dense, words=words, channels=channels, tile_rows=tile.columns),
-        data,
-        *packed.constants(),
-        primfunc_name_hint="weight_only_dense",
-        primfunc_attrs=ANCHOR,
+        kernel, data, *packed.constants(), primfunc_name_hint=name, primfunc_attrs=ANCHOR
     )
-    if len(shape) > 2:
-        product = relax.op.reshape(bb.emit(product), (*shape[:-1], channels))
-    return product
+    return relax.op.reshape(bb.emit(product), (*outer, channels)) if len(outer) > 1 else product
+
+
+def _signs_of(bb: relax.BlockBuilder, data: relax.Expr, levels: WeightLevels) -> relax.Expr | None:
+    """Return what a layer reads the signs of, where its weights are signs too."""
+    if not isinstance(data, relax.Var) or not weight_signs.fits(levels):
+        return None
+    value = bb.lookup_binding(data)
+    return None if value is None else binarized(value)
 
 
 def _conv2d(
@@ -155,6 +189,19 @@ def _conv2d(
         depth=depth,
         taps=taps_h * taps_w,
     )
+    signs = _signs_of(bb, data, levels)
+    if signs is not None and not any(window.padding):
+        weights = levels.levels.reshape(channels, taps_h, taps_w, depth)
+        packed = Packed.of(decoded, weight_signs.pack_signs(weights), tile.vectors * machine.lanes)
+        return bb.call_te(
+            partial(
+                weight_signs.conv2d, window=window, channels=channels, tile_columns=tile.columns
+            ),
+            signs,
+            *packed.constants(),
+            primfunc_name_hint="binary_conv2d",
+            primfunc_attrs=ANCHOR,
+        )
     words = Words.of(bits=levels.bits, run=depth)
     runs = words.pack(levels.levels.reshape(channels, taps_h, taps_w, depth))
     packed = Packed.of(decoded, runs, tile.vectors * machine.lanes)

@@ -1,7 +1,8 @@
 """Stores the weights of layers in a few bits, and leaves everything else in float32.
 
 Rewrites each ``relax.nn.conv2d`` (NHWC, not grouped), ``relax.matmul`` and ``relax.take`` with a
-constant float32 weight: ``hone.decode_weights`` of packed levels takes the constant's place.
+constant float32 weight: ``hone.decode_weights`` of packed levels takes the constant's place; with
+the scheme ``xnor`` the layer reads signs, see `binary_layers`.
 Needs no calibration. Runs after batch norm is folded and the layout is NHWC;
 `hone.passes.lower.weight_only` makes one kernel of a layer and its weight. Numerics: the layer
 computes with the weights that its levels stand for, see `weight_schemes`.
@@ -20,10 +21,11 @@ from tvm.ir import Op
 
 from hone.passes.graph.dataflow import Dataflow, Rebuilder, layer_of, shape_of, with_args
 
+from .binary_layers import binary_conv2d, binary_matmul
 from .decode_operator import TABLE_MODES, Decoded
 from .keep_float import check_layers
 from .site import Skipped
-from .weight_schemes import WeightOptions, quantize_weights
+from .weight_schemes import Scheme, WeightOptions, quantize_weights
 
 _CONV2D, _MATMUL, _TAKE = (Op.get(f"relax.{name}") for name in ("nn.conv2d", "matmul", "take"))
 
@@ -109,7 +111,7 @@ def quantize_weight_only(
             builder.copy(binding)
             continue
         weight = graph.constant(call.args[position])
-        reason = _obstacle(call, weight)
+        reason = _obstacle(call, weight, options)
         if layer in keep_float:
             reason = "kept in float"
         if reason is not None or weight is None:
@@ -123,7 +125,11 @@ def quantize_weight_only(
         decoded, entry = _quantize(weight, axis, options, layer, chosen)
         arguments = [builder.use(argument) for argument in call.args]
         arguments[position] = builder.emit(decoded.call(), f"{layer}@weight")
-        builder.bind(binding.var, with_args(call, arguments))
+        if options.scheme is Scheme.XNOR:
+            value = _binary_layer(builder, call, arguments, layer)
+        else:
+            value = with_args(call, arguments)
+        builder.bind(binding.var, value)
         quantized.append(entry)
     rewritten = module
     if quantized:
@@ -162,10 +168,24 @@ def _weight_position(call: relax.Call) -> int | None:
     return 0 if call.op.same_as(_TAKE) else None
 
 
-def _obstacle(call: relax.Call, weight: np.ndarray | None) -> str | None:
+def _binary_layer(
+    builder: Rebuilder, call: relax.Call, arguments: list[relax.Expr], layer: str
+) -> relax.Call:
+    def emit(value: relax.Expr, part: str) -> relax.Expr:
+        return builder.emit(value, f"{layer}@{part}")
+
+    data, weight = arguments
+    if call.op.same_as(_MATMUL):
+        return binary_matmul(data, weight, emit)
+    return binary_conv2d(call, data, weight, emit)
+
+
+def _obstacle(call: relax.Call, weight: np.ndarray | None, options: WeightOptions) -> str | None:
     """Return why the weight of a call cannot be read in a few bits, or None."""
     if weight is None:
         return "the weights are computed"
+    if call.op.same_as(_TAKE) and options.scheme is Scheme.XNOR:
+        return "a table has no activations to take the signs of"
     if weight.dtype != np.float32 or str(call.ty.dtype) != "float32":
         return f"the weights are {weight.dtype}, not float32"
     if call.op.same_as(_CONV2D):

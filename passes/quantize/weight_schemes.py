@@ -35,11 +35,13 @@ class Scheme(StrEnum):
     - ``integer``: evenly spaced levels, as `integer_levels` says.
     - ``ternary``: -1, 0 or 1, as `ternary_levels` says.
     - ``binary``: -1 or 1, as `binary_levels` says.
+    - ``xnor``: the same, and activations are binary too, see `binary_layers`.
     """
 
     INTEGER = "integer"
     TERNARY = "ternary"
     BINARY = "binary"
+    XNOR = "xnor"
 
 
 class Granularity(StrEnum):
@@ -88,6 +90,8 @@ class WeightOptions:
             raise UsageError(f"weights have 2 to 8 bits, not {self.bits}")
         if self.group_size < 1:
             raise UsageError(f"a group holds at least 1 weight, not {self.group_size}")
+        if self.scheme is Scheme.XNOR and self.granularity is Granularity.GROUP:
+            raise UsageError("binary activations need one scale for a channel or for all weights")
         if self.scheme is not Scheme.INTEGER and not self.symmetric:
             raise UsageError(f"{self.scheme} levels are symmetric: they have no zero point")
 
@@ -95,7 +99,8 @@ class WeightOptions:
     def stored_bits(self) -> int:
         """Bits of one stored level."""
         whole = next(stored for stored in STORED_BITS if stored >= self.bits)
-        return {Scheme.TERNARY: 2, Scheme.BINARY: 1}.get(self.scheme, whole)
+        signs = {Scheme.TERNARY: 2, Scheme.BINARY: 1, Scheme.XNOR: 1}
+        return signs.get(self.scheme, whole)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

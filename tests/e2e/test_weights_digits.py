@@ -82,6 +82,14 @@ def test_top1_drops_by_at_most_0_6_points(model, evaluation, plain, options, sha
     assert size <= share * plain[1]
 
 
+def test_one_layer_of_binary_weights_and_activations_runs(model, evaluation, plain) -> None:
+    candidate = propose(model, scheme="xnor", skip=["!/conv2/Conv"])
+    assert [layer for layer, _ in candidate.errors] == ["/conv2/Conv"]
+    # Nothing is asked of its accuracy: what a ReLU leaves has no signs.
+    _, size = compiled(candidate.model.module, evaluation)
+    assert size < plain[1]
+
+
 @pytest.mark.parametrize(
     ("options", "share"), [({"scheme": "ternary"}, 0.08), ({"scheme": "binary"}, 0.05)]
 )
@@ -138,6 +146,8 @@ def test_adaptive_rounding_needs_data(model) -> None:
          'rounding_steps and rounding_seconds are for rounding = "adaptive"'),
         ({"scheme": "ternary", "rounding": "adaptive"},
          'rounding = "adaptive" is for scheme = "integer"'),
+        ({"scheme": "xnor", "recover": {}},
+         'scheme = "xnor" has no groups, and signs have no gradient to recover by'),
         ({"recover": {}, "rounding": "adaptive"},
          "recover trains weights for rounding to nearest: leave out rounding"),
     ],

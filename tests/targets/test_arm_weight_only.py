@@ -6,6 +6,7 @@ import numpy as np
 from tvm import relax
 
 from hone import pipeline
+from hone.passes.quantize.binarize import binarize
 from hone.passes.quantize.decode_operator import Decoded
 from hone.passes.quantize.weight_schemes import (
     Granularity,
@@ -52,6 +53,14 @@ def test_kernels_equal_the_oracle_when_emulated(arm_emulator, tmp_path, rng) -> 
             )
         )
         wanted.append(np.einsum("nhwcrs,krsc->nhwk", windows, conv.real()))
+
+    binary = Decoded(
+        levels=quantize_weights(rng.standard_normal((19, 37)).astype(np.float32), OPTIONS[-1]),
+        shape=(37, 19),
+        axis=1,
+    )
+    results.append(relax.op.matmul(binarize(params[0]), binary.call()))
+    wanted.append(np.where(rows >= 0, 1.0, -1.0) @ binary.real())
 
     bb = relax.BlockBuilder()
     with bb.function("main", params):

@@ -18,9 +18,10 @@ class WeightsStep(StepSection):
     selector_key: ClassVar[str | None] = "skip"
 
     kind: Literal["weights"]
-    scheme: Literal["integer", "ternary", "binary"] = Field(
+    scheme: Literal["integer", "ternary", "binary", "xnor"] = Field(
         default="integer",
-        description="evenly spaced levels; or -1, 0 and 1; or -1 and 1; with a scale",
+        description="evenly spaced levels; or -1, 0 and 1; or -1 and 1; with a scale. xnor is "
+        "binary with the signs of activations, which costs much accuracy",
     )
     bits: Literal[8, 4, 2] | None = Field(
         default=None, description='of a level, with scheme = "integer"; 8 when absent'
@@ -66,6 +67,10 @@ class WeightsStep(StepSection):
     def _options_have_an_effect(self) -> Self:
         if self.scheme != "integer" and (self.bits is not None or not self.symmetric):
             raise ValueError('bits and symmetric are for scheme = "integer"')
+        if self.scheme == "xnor" and (self.granularity == "group" or self.recover is not None):
+            raise ValueError(
+                'scheme = "xnor" has no groups, and signs have no gradient to recover by'
+            )
         if self.group_size is not None and self.granularity != "group":
             raise ValueError('group_size is for granularity = "group"')
         timed = self.rounding_steps is not None or self.rounding_seconds is not None

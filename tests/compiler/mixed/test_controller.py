@@ -136,7 +136,38 @@ def test_lone_slow_layer_stays_when_its_two_conversions_cost_more():
     answer = search(fake, question)
     assert len(answer.assignment) == 3
     assert answer.reasons == {
+        "conv1": "fp32: takes 10.0 us, int8 11.0 us, but the whole network was not faster with it"
+    }
+
+
+def test_conversions_keep_a_slow_layer_when_no_other_assignment_is_allowed():
+    # Without the price of conversions conv1 would leave, but that breaks the budget.
+    class Odd(Fake):
+        def lost(self, assignment: Assignment) -> float:
+            self._ask("lost")
+            return 0.0 if len(assignment) == 3 else 9.0
+
+    names = layers(3)
+    fake = Odd({"int8": dict.fromkeys(names, 0.1)}, clock_of([5, 11, 5], [10, 10, 10], 3.0))
+    answer = search(fake, Question(layers=names, precisions=("int8",), budget=1.0))
+    assert answer.reasons == {
         "conv1": "fp32: takes 10.0 us and up to 6.0 us of conversions, int8 11.0 us"
+    }
+
+
+def test_proposal_that_the_clock_refutes_is_not_taken_and_named():
+    class Honest(Fake):
+        def fastest(self, assignments: Sequence[Assignment]) -> int:
+            self._ask("fastest")
+            return 0
+
+    names = layers(3)
+    clock = clock_of([5, 12, 5], [10, 10, 10], border_us=0.5)
+    fake = Honest({"int8": dict.fromkeys(names, 0.1)}, clock)
+    answer = search(fake, Question(layers=names, precisions=("int8",), budget=1.0))
+    assert len(answer.assignment) == 3
+    assert answer.reasons == {
+        "conv1": "fp32: takes 10.0 us, int8 12.0 us, but the whole network was not faster with it"
     }
 
 

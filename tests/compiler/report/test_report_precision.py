@@ -38,7 +38,7 @@ def test_layers_are_shown_with_what_each_precision_costs(change):
     report = change({STEP: {"precisions": ROWS}})
     (found,) = precision.tables(report, report.steps[STEP])
     assert found.columns == (
-        "layer", "precision", "accuracy cost in int8", "us", "us in int8", "us in fp32",
+        "layer", "precision", "accuracy cost in int8", "us as chosen", "us in int8", "us in fp32",
         "SQNR dB", "why",
     )  # fmt: skip
     assert found.rows == (
