@@ -92,7 +92,7 @@ class Package:
             Inputs and outputs in the order of ``main``'s parameters and results.
         target : TargetEntry
             Where it runs.
-        precision : {"fp32", "bf16", "int8"}
+        precision : {"fp32", "bf16", "fp16", "int8"}
             The lowest precision that kernels compute in.
         weights_bytes : int
             Bytes of the weights in the library.

@@ -24,6 +24,7 @@ from pydantic import (
 
 from hone.errors import UsageError
 from hone.recipe_problems import explain
+from hone.steps.options.half import Bf16Step, Fp16Step
 from hone.steps.options.int8 import Int8Step
 from hone.steps.options.mixed import MixedStep
 from hone.steps.options.prune import PruneStep
@@ -125,7 +126,7 @@ class MeasureSection(Section):
 
 
 Step = Annotated[
-    PruneStep | Int8Step | MixedStep | WeightsStep | SplitStep | TuneStep,
+    PruneStep | Int8Step | MixedStep | WeightsStep | Bf16Step | Fp16Step | SplitStep | TuneStep,
     Field(discriminator="kind"),
 ]
 

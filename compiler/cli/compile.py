@@ -66,6 +66,7 @@ def compile(
         locked=locked,
         calibration=wanted.calibration,
         int8=wanted.int8,
+        half=wanted.half,
         allow_random_calibration=wanted.allow_random_calibration,
         goal=goal,
         progress=console(),

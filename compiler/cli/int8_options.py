@@ -1,4 +1,4 @@
-"""The options of int8 that `hone compile` and `hone tune` share."""
+"""The options of precision that `hone compile` and `hone tune` share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     click.option(
         "--precision",
-        type=click.Choice(["fp32", "bf16", "int8"]),
+        type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
         default="fp32",
         show_default=True,
         help="Lowest precision of the kernels.",
@@ -47,7 +47,7 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--skip",
         multiple=True,
         metavar="LAYER",
-        help="Layer that int8 skips: ID, name:GLOB, re:REGEX, op:TYPE, first, last; ! negates.",
+        help="Layer to leave in float32: ID, name:GLOB, re:REGEX, op:TYPE, first, last; ! negates.",
     ),
 )
 
@@ -75,7 +75,7 @@ def wanted(
     UsageError
         They do not go together.
     """
-    from hone.quantized import Wanted
+    from hone.quantized import HALF_STEPS, Wanted
     from hone.steps.options.int8 import Int8Step
 
     chosen = {
@@ -85,13 +85,17 @@ def wanted(
         "--percentile": percentile,
         "--equalize": equalize,
         "--bias-correction": bias_correction,
-        "--skip": skip,
     }
     useless = [name for name, value in chosen.items() if value]
     if useless and precision != "int8":
         raise click.UsageError(f"{useless[0]} is for --precision int8.")
+    if skip and precision == "fp32":
+        raise click.UsageError("--skip is for --precision int8, bf16 and fp16.")
     if percentile is not None and observer != "percentile":
         raise click.UsageError("--percentile is for --observer percentile.")
+    if precision in HALF_STEPS:
+        half = HALF_STEPS[precision].model_validate({"kind": precision, "skip": list(skip)})
+        return Wanted(precision=precision, half=half)
     int8 = Int8Step.model_validate(
         {
             "kind": "int8",

@@ -198,7 +198,7 @@ class Manifest(_Entry):
         Inputs and outputs.
     target : TargetEntry
         Where it runs.
-    precision : {"fp32", "bf16", "int8"}
+    precision : {"fp32", "bf16", "fp16", "int8"}
         The lowest precision that kernels compute in.
     needs_runtime_extra : bool
         Whether the code calls into ``libtvm_runtime_extra.so`` (sorting, top-k).
@@ -222,7 +222,7 @@ class Manifest(_Entry):
     versions: Versions
     signature: SignatureEntry
     target: TargetEntry
-    precision: Literal["fp32", "bf16", "int8"]
+    precision: Literal["fp32", "bf16", "fp16", "int8"]
     needs_runtime_extra: bool
     weights_bytes: NonNegativeInt
     kernels: dict[str, tuple[str, ...]]

@@ -9,7 +9,7 @@ from typing import Any, Final
 from hone.kernel_table import rebound
 from hone.model import Model
 
-from . import int8, mixed, prune, split, tune, weights
+from . import half, int8, mixed, prune, split, tune, weights
 from .candidate import Candidate, Context
 from .options.section import StepSection
 
@@ -18,6 +18,8 @@ PROPOSE: Final[Mapping[str, Callable[[Model, Any, Context], Candidate | str]]] =
     "int8": int8.propose,
     "mixed": mixed.propose,
     "weights": weights.propose,
+    "bf16": half.propose,
+    "fp16": half.propose,
     "split": split.propose,
     "tune": tune.propose,
 }

@@ -14,6 +14,7 @@ import pytest
 import hone
 from hone import driver, models, runtime
 from hone.errors import LockedError, ToolchainError, UsageError
+from hone.steps.options.half import Fp16Step
 from hone.targets.target import resolve
 from hone.verify import verify
 
@@ -98,8 +99,10 @@ def test_compile_is_an_error_when_a_record_is_missing_and_locked(
     ("options", "message"),
     [
         ({"threads": 0}, "threads must be at least 1, not 0"),
-        ({"precision": "bf16"}, "precision 'bf16' is not available in this version\n"
-         "  hint: one of fp32, int8"),
+        ({"precision": "fp8"}, "precision 'fp8' is not available in this version\n"
+         "  hint: one of fp32, bf16, fp16, int8"),
+        ({"precision": "bf16", "half": Fp16Step(kind="fp16")},
+         "options of fp16 need precision fp16\n  hint: precision='fp16'"),
         ({"locked": True}, "locked needs a database of tuning records\n  hint: --database DIR"),
         ({"precision": "int8"}, "int8 needs calibration data: a few hundred samples of what the "
          "model will see\n  hint: --calibration DATA, such as calibration.npz"),

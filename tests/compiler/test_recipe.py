@@ -185,10 +185,10 @@ amount = 3
         "  - measure: warmup (20) must be less than runs (10)",
         "  - step[0].amount: required is less than 1, given is 1.5",
         "  - step[0].recover.epoch: unknown key, the nearest is 'epochs'",
-        "  - step[1].kind: required is one of 'prune', 'int8', 'mixed', 'weights', 'split', 'tune', "
-        "given is 'in8', the nearest is 'int8'",
-        "  - step[2].kind: required is one of 'prune', 'int8', 'mixed', 'weights', 'split', 'tune', "
-        "but not given",
+        "  - step[1].kind: required is one of 'prune', 'int8', 'mixed', 'weights', 'bf16', 'fp16', "
+        "'split', 'tune', given is 'in8', the nearest is 'int8'",
+        "  - step[2].kind: required is one of 'prune', 'int8', 'mixed', 'weights', 'bf16', 'fp16', "
+        "'split', 'tune', but not given",
         "  - seeed: unknown key, the nearest is 'seed'",
     ]
 

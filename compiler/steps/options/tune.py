@@ -12,7 +12,7 @@ from .section import Seconds, StepSection
 class TuneStep(StepSection):
     """Search for better schedules of what was kept so far."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"fp32", "int8"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"fp32", "bf16", "fp16", "int8"})
 
     kind: Literal["tune"]
     seconds: Seconds | None = Field(default=None, description="[tune] seconds when absent")

@@ -218,6 +218,7 @@ class TestCompile:
             "locked": "True",
             "calibration": "c.npz",
             "int8": "None",
+            "half": "None",
             "allow_random_calibration": "False",
             "goal": "size",
         }
@@ -234,6 +235,12 @@ class TestCompile:
         assert run("compile", model, "-o", model).code == 2
         assert model.read_bytes() == b"model"
         assert seen == {}
+
+    def test_passes_the_layers_that_16_bit_floats_skip_on(self, run, seen, tmp_path):
+        arguments = ["--precision", "bf16", "--skip", "first", "--skip", "!op:Gemm"]
+        assert run("compile", "net.onnx", *arguments, "-o", tmp_path / "net.hone").code == 0
+        assert (seen["precision"], seen["int8"]) == ("bf16", None)
+        assert (seen["half"].kind, seen["half"].skip) == ("bf16", ["first", "!op:Gemm"])
 
     def test_passes_every_option_of_int8_on(self, run, seen, tmp_path):
         arguments = [
@@ -266,7 +273,7 @@ class TestCompile:
         [
             (["--observer", "mse"], "--observer is for --precision int8."),
             (["--allow-random-calibration"], "--allow-random-calibration is for --precision int8."),
-            (["--skip", "first"], "--skip is for --precision int8."),
+            (["--skip", "first"], "--skip is for --precision int8, bf16 and fp16."),
             (
                 ["--precision", "int8", "--observer", "mse", "--percentile", "99"],
                 "--percentile is for --observer percentile.",
