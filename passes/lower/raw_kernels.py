@@ -31,6 +31,9 @@ def _raw(func: tirx.PrimFunc) -> tirx.PrimFunc:
     for tensor in func.params:
         pointer = tirx.Var(tensor.name, PointerType(tensor.ty.dtype, tensor.ty.storage_scope))
         pointers.append(pointer)
+        # TVM's wrapper would read the offset from the tensor and refuse any but 0.
+        if isinstance(offset := tensor.ty.elem_offset, tirx.Var):
+            body.append(tirx.Bind(offset, tirx.const(0, offset.ty.dtype)))
         body.append(tirx.DeclBuffer(tensor, data=pointer))
     body.append(func.body)
     attributes = {key: value for key, value in func.attrs.items() if key != "global_symbol"}
