@@ -183,6 +183,27 @@ def test_max_pool_equals_the_oracle(
     np.testing.assert_array_equal(actual, exact)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        relax.op.nn.relu,
+        lambda x: relax.op.clip(x, -1.0, 6.0),
+        lambda x: relax.op.maximum(x, relax.const(0.0, "float32")),
+        lambda x: relax.op.minimum(x, relax.const(0.0, "float32")),
+        relax.op.exp,
+        relax.op.sigmoid,
+        lambda x: relax.op.nn.softmax(x, axis=-1),
+        lambda x: relax.op.max(x, axis=-1),
+    ],
+    ids=["relu", "clip", "maximum", "minimum", "exp", "sigmoid", "softmax", "max"],
+)
+def test_nan_stays_nan_in_vectors_and_in_what_is_left_over(
+    make: Callable[[relax.Expr], relax.Expr], run_op: RunOp
+) -> None:
+    actual, _ = run_op(make, np.full((3, 37), np.nan, "float32"))
+    assert np.isnan(actual).all()
+
+
 SWEEP = np.concatenate(
     [np.linspace(-87, 88, 20011), np.linspace(-1, 1, 5003), [-1e30, 1e30]]
 ).astype("float32")
