@@ -21,6 +21,7 @@ import numpy as np
 from hone.targets.target import Target, resolve
 
 from . import driver, fingerprint, importer, parity
+from .activations import activation_bytes
 from .data import Dataset
 from .data import load as load_data
 from .database import Database
@@ -347,6 +348,11 @@ class _Build:
         elif self.recipe.goal.goal == "size":
             verdict = Verdict.KEPT if smaller else Verdict.REVERTED
             reason = size if smaller else f"not smaller: {size}"
+        elif self.recipe.goal.goal == "memory":
+            before, after = (self._activations(each) for each in (kept, version))
+            memory = f"activations {before} → {after} bytes"
+            verdict = Verdict.KEPT if after < before else Verdict.REVERTED
+            reason = memory if after < before else f"no less memory: {memory}"
         elif speedup is None:
             verdict, reason = Verdict.NOT_MEASURED, f"no device; {size}"
         elif speedup.outcome is Outcome.FASTER:
@@ -360,6 +366,11 @@ class _Build:
             reason=reason,
             previous=kept.name if self.measurable else None,
         )
+
+    def _activations(self, version: Version) -> int:
+        """Return the memory that the activations of a version share."""
+        module = version.assembled.scheduled.module
+        return activation_bytes(module, self.target, threads=self.threads)
 
     def _lost(self, quality: Quality) -> float:
         """Return the loss against the baseline, in the unit of the accuracy budget."""

@@ -173,10 +173,25 @@ def lower(
     IRModule
         ``main`` calls TIR functions; what tuning extracts its tasks from.
     """
-    machine = replace(Machine.of(target, threads), decided=tuple(sorted((decided or {}).items())))
+    machine = Machine.of(target, threads).holding(constant_bytes(module))
+    machine = replace(machine, decided=tuple(sorted((decided or {}).items())))
     stages = (*graph_stages(), *lower_stages_of(machine, compact=compact))
     with target.tvm_target(threads):
         return _run(stages, module)
+
+
+def constant_bytes(module: tvm.IRModule) -> int:
+    """Return the bytes of all constants, equal ones counted each time."""
+    sizes: list[int] = []
+
+    def visit(node: object) -> None:
+        if isinstance(node, tvm.ir.GenericConst) and isinstance(node.ty, relax.TensorType):
+            sizes.append(node.value.numpy().nbytes)
+
+    for function in module.functions.values():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, visit)
+    return sum(sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

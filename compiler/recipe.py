@@ -70,7 +70,10 @@ class DataSection(Section):
 class GoalSection(Section):
     """``[goal]``: what makes a step worth keeping."""
 
-    goal: Literal["latency", "size"] = "latency"
+    goal: Literal["latency", "size", "memory"] = Field(
+        default="latency",
+        description="latency of a run, size of the weights, or memory of the activations",
+    )
     max_accuracy_drop: Fraction = Field(
         default=0.005,
         description="of the whole recipe, against the baseline; 0.005 is half a point",

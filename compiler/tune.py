@@ -25,8 +25,9 @@ from .database import Database
 from .errors import InterruptError, OutOfTimeError, UsageError
 from .tuning.child import socket_folder
 from .tuning.choices import LoweringResult
+from .tuning.follow import interrupts, search
 from .tuning.records import Verdict
-from .tuning.session import Session, interrupts, search
+from .tuning.session import Session
 from .tuning.tasks import extract, untuned_model
 
 WATCHDOG_S = 45.0

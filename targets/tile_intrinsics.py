@@ -138,7 +138,7 @@ def _step(operand: _Operand, dtype: str) -> tirx.Expr:
 
 
 def _bytes_of(dtype: str) -> int:
-    return {"uint8": 1, "int8": 1, "bfloat16": 2, "int32": 4, "float32": 4}[dtype]
+    return {"uint8": 1, "int8": 1, "uint16": 2, "int32": 4, "float32": 4}[dtype]
 
 
 def _copy(
@@ -186,8 +186,15 @@ def _clear(shape: TileShape) -> Callable[[bool], None]:
 
 def tile_term(left: tirx.Expr, right: tirx.Expr, product: TileProduct) -> tirx.Expr:
     """Return one product of two elements in the dtype of the sums, as the intrinsics expect it."""
+    if product is TileProduct.TDPBF16PS:
+        return _widened(left) * _widened(right)
     dtype = FORMS[product].sums
     return tirx.Cast(dtype, left) * tirx.Cast(dtype, right)
+
+
+def _widened(bits: tirx.Expr) -> tirx.Expr:
+    """Return the float32 that the bits of a bfloat16 are the upper half of."""
+    return tirx.reinterpret("float32", tirx.Cast("uint32", bits) << tirx.const(16, "uint32"))
 
 
 def _multiply(shape: TileShape) -> Callable[[bool], None]:

@@ -40,7 +40,7 @@ class TileForm:
     Parameters
     ----------
     left, right, sums : str
-        dtypes.
+        dtypes. TVM computes inner stages of bfloat16 in float32: they hold its bits, as uint16.
     group : int
         Elements of left and right in four bytes.
     feature : str
@@ -59,7 +59,7 @@ FORMS: Mapping[TileProduct, TileForm] = {
         left="uint8", right="int8", sums="int32", group=4, feature="amx-int8"
     ),
     TileProduct.TDPBF16PS: TileForm(
-        left="bfloat16", right="bfloat16", sums="float32", group=2, feature="amx-bf16"
+        left="uint16", right="uint16", sums="float32", group=2, feature="amx-bf16"
     ),
 }
 

@@ -127,7 +127,7 @@ def selected(model: Model, step: StepSection) -> tuple[Layer, ...]:
         A selector names no layer.
     """
     key = step.selector_key
-    if key is None:
+    if key is None or not step.selects:
         return ()
     among = WEIGHTED if step.weighted_only else None
     return select(model.layers, getattr(step, key), among=among, where=key)

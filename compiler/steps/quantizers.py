@@ -17,7 +17,9 @@ from tvm import relax
 
 from hone.mixed.oracle import FLOAT
 from hone.model import Model
+from hone.passes.apply import apply
 from hone.passes.graph.dataflow import Dataflow, layer_of
+from hone.passes.graph.to_half import ToHalf, constant
 from hone.passes.quantize import operators
 from hone.passes.quantize.decode_operator import Decoded, decode_call
 from hone.passes.quantize.integer_layer import quantize_weights
@@ -25,9 +27,10 @@ from hone.passes.quantize.qparams import UINT8, QParams, dequantize
 from hone.passes.quantize.quantize_int8 import Quantization, weighted_sites
 from hone.passes.quantize.quantize_weights import quantize_weight_only
 from hone.passes.quantize.site import Kind
-from hone.passes.quantize.switch_layers import Emulation
+from hone.passes.quantize.switch_layers import WEIGHTED, Emulation
 from hone.passes.quantize.weight_schemes import Granularity, WeightOptions
 
+from .half import DTYPES
 from .int8 import Calibrated
 
 
@@ -164,6 +167,60 @@ def _levels_and_back(data: QParams) -> tuple[Callable[[relax.Expr], relax.Expr],
     )
 
 
+class HalfQuantizer:
+    """Products of 16-bit floats, summed in float32.
+
+    Parameters
+    ----------
+    ground : Ground
+        Any.
+    name : {"bf16", "fp16"}
+        As a recipe writes the type.
+    """
+
+    def __init__(self, ground: Ground, name: str) -> None:
+        self._module = ground.model.module
+        self._layers = ground.layers
+        self._dtype = DTYPES[name]
+        self.activations = self._dtype
+        self.package = name
+        skipped = dict(ToHalf(dtype=self._dtype).plan(self._module).skipped)
+        computed = dict.fromkeys(set(ground.layers).difference(self._weights()), _NOT_CONSTANT)
+        self.refused: Mapping[str, str] = {**computed, **skipped, **ground.refused}
+
+    def _weights(self) -> dict[str, np.ndarray]:
+        """Return the constant weights of layers."""
+        graph = Dataflow(self._module["main"])
+        found: dict[str, np.ndarray] = {}
+        for binding in graph.bindings:
+            call = graph.call(binding.var)
+            if call is not None and call.op in WEIGHTED:
+                weight = graph.constant(call.args[1])
+                if weight is not None:
+                    found[layer_of(binding.var)] = weight
+        return found
+
+    def emulations(self) -> dict[str, Emulation]:
+        """Return weights and inputs that are rounded to 16 bits."""
+        return {
+            layer: Emulation(
+                weight=np.asarray(constant(weight, self._dtype).value.numpy(), np.float32),
+                data=(
+                    lambda x: relax.op.astype(x, self._dtype),
+                    lambda x: relax.op.astype(x, "float32"),
+                ),
+            )
+            for layer, weight in self._weights().items()
+            if layer in self._layers and layer not in self.refused
+        }
+
+    def write(self, module: tvm.IRModule, layers: Collection[str]) -> Written:
+        """Return the module with these layers computed from 16-bit floats."""
+        present = {layer_of(binding.var) for binding in Dataflow(module["main"]).bindings}
+        kept = sorted(present.difference(layers))
+        return Written(module=apply(module, ToHalf(dtype=self._dtype, keep_float=kept)))
+
+
 class WeightQuantizer:
     """Weights in a few bits, which kernels decode; activations in float.
 
@@ -185,7 +242,7 @@ class WeightQuantizer:
         fitting = {each.layer for each in self._result.quantized}
         skipped = {each.layer: each.reason for each in self._result.skipped}
         self.refused: Mapping[str, str] = {
-            layer: skipped.get(layer, "it has no weights that are constant")
+            layer: skipped.get(layer, _NOT_CONSTANT)
             for layer in ground.layers
             if layer not in fitting
         } | dict(ground.refused)
@@ -208,8 +265,12 @@ class WeightQuantizer:
         return Written(module=quantize_weight_only(module, self._options, keep_float=kept).module)
 
 
+_NOT_CONSTANT = "it has no weights that are constant"
+
 QUANTIZERS: Final[Mapping[str, Callable[[Ground], Quantizer]]] = {
     "int8": Int8Quantizer,
+    "bf16": partial(HalfQuantizer, name="bf16"),
+    "fp16": partial(HalfQuantizer, name="fp16"),
     "int8-weights": partial(WeightQuantizer, options=WeightOptions(bits=8)),
     "int4-weights": partial(
         WeightQuantizer, options=WeightOptions(bits=4, granularity=Granularity.GROUP)

@@ -18,7 +18,8 @@ from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
 
 from .child import Child, socket_folder
-from .session import GRACE_S, TICK_S, interrupts
+from .follow import TICK_S, interrupts
+from .session import GRACE_S
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,13 @@ import tvm
 import tvm_ffi
 from tvm import relax, tirx
 
-from hone.pipeline import Stage, finalize_stages, graph_stages, lower_stages_of
+from hone.pipeline import (
+    Stage,
+    constant_bytes,
+    finalize_stages,
+    graph_stages,
+    lower_stages_of,
+)
 from hone.targets.schedule.cpu import ScheduleModule
 from hone.targets.schedule.machine import Machine
 
@@ -141,7 +147,7 @@ class LoweringSearch:
         pin: bool = True,
     ) -> None:
         self._target = target
-        self._machine = machine
+        self._machine = machine.holding(constant_bytes(module))
         self._compact = compact
         self._deadline = deadline
         self._libraries: dict[str, tvm.runtime.Module] = {}

@@ -25,7 +25,8 @@ from hone.passes.graph.dataflow import Dataflow, Rebuilder, layer_of, with_args
 SWITCH: Final = "hone_switch"
 """Name of the new parameter, the last one: int32 ``[layers]``, in the order of the mapping."""
 
-_WEIGHTED: Final = (Op.get("relax.nn.conv2d"), Op.get("relax.matmul"))
+WEIGHTED: Final = (Op.get("relax.nn.conv2d"), Op.get("relax.matmul"))
+"""Operators that can be switched."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,7 +110,7 @@ def _operators(
     for binding in graph.bindings:
         layer = layer_of(binding.var)
         call = graph.call(binding.var)
-        if layer not in alternatives or call is None or call.op not in _WEIGHTED:
+        if layer not in alternatives or call is None or call.op not in WEIGHTED:
             continue
         if layer in found:
             problems.append(f"{layer}: has more than one convolution or matrix product")

@@ -20,6 +20,10 @@ FMA_LATENCY = 4
 FMA_PER_CYCLE = 2
 # Sustained bytes per cycle from L2 into registers on the cores measured so far.
 L2_BYTES_PER_CYCLE = 24
+# Bytes per cycle that all cores together stream from behind their own caches: weights that a
+# network uses once per run come from there. With 20 the model ranks the layers of ResNet-18 as
+# they measure inside the network, weights requested ahead (docs/performance.md).
+WEIGHT_BYTES_PER_CYCLE = 20
 # Register tiles and partitions that tuning may take: what the model ranks further behind was never
 # the best one on the machines measured so far.
 MOST_OPTIONS = 8
@@ -46,6 +50,8 @@ class Machine:
         The instruction that sums products of bytes.
     half_dot : HalfDot or None
         The instruction that sums pairs of bfloat16 products.
+    weight_bytes_per_cycle : int
+        At which all threads together stream weights that a run uses once, see `holding`.
     decided : tuple of (str, str)
         Choices that were measured: the option to take at a point, see `pick`.
     asked : dict, optional
@@ -59,6 +65,7 @@ class Machine:
     threads: int
     integer_dot: IntegerDot | None = None
     half_dot: HalfDot | None = None
+    weight_bytes_per_cycle: int = WEIGHT_BYTES_PER_CYCLE
     decided: tuple[tuple[str, str], ...] = ()
     asked: dict[str, tuple[str, ...]] | None = field(default=None, compare=False, repr=False)
 
@@ -74,6 +81,16 @@ class Machine:
             integer_dot=integer_dot_of(target),
             half_dot=half_dot_of(target),
         )
+
+    def holding(self, weights_bytes: int) -> Machine:
+        """Return the machine that runs a model with so many bytes of weights.
+
+        Where they fill at most half of a core's L2 before they are packed, which may double them,
+        they stay there from one run to the next.
+        """
+        if weights_bytes > self.l2_bytes // 2:
+            return self
+        return replace(self, weight_bytes_per_cycle=L2_BYTES_PER_CYCLE * self.threads)
 
     def pick(self, point: str, options: Mapping[str, Option]) -> Option:
         """Take one of several options: the decided one, else the first.
@@ -325,10 +342,6 @@ def _first_tasks(
 # Vectors that a transform of one tile and one vector of channels loads, computes and stores,
 # as a multiple of the points of the tile: counted on the generated code of F(4x4).
 TRANSFORM_STEPS = 5
-# Bytes per cycle that all cores together stream from behind their own caches: weights that a
-# network uses once per run come from there. With 20 the model ranks the layers of ResNet-18 as
-# they measure inside the network, weights requested ahead (docs/performance.md).
-WEIGHT_BYTES_PER_CYCLE = 20
 # How far ahead of its use a weight is requested, in bytes: some 256 steps of a register tile of two
 # vectors, and less than the first level holds (2 KiB gained half as much, 64 KiB the same).
 PREFETCH_BYTES = 32 * 1024
@@ -407,7 +420,7 @@ def choose_winograd(
     vectors = sum(size // math.gcd(size, machine.lanes) for size in (depth, channels))
 
     def cycles(products: float, points: int, transforms: int) -> float:
-        stream = points * rounded * steps * 4 / WEIGHT_BYTES_PER_CYCLE
+        stream = points * rounded * steps * 4 / machine.weight_bytes_per_cycle
         return max(products / per_cycle, stream) + transforms / (FMA_PER_CYCLE * machine.threads)
 
     costs = {0: cycles(batch * height * width * rounded * steps * 9, 9, 0)}

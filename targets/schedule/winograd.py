@@ -1,8 +1,9 @@
 """Schedule of a Winograd convolution: transform, one matrix product for each point, transform.
 
 Where the weights fit a core's cache, a task is a row of tiles from input to output, and what lies
-between never leaves the cache. Else there are three parallel loops: all threads split the tiles of
-the image alike; where the weights are larger than the data, they split the points of the
+between never leaves the cache. Where the image is tiny, a task is a part of the output channels,
+and each transforms the whole image. Else there are three parallel loops: all threads split the
+tiles of the image alike; where the weights are larger than the data, they split the points of the
 transformed tile instead, so that each reads its part of the weights only.
 """
 
@@ -60,13 +61,22 @@ def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
     work = cycles(schedule, columns, machine.lanes)
     schedule.compute_at(columns, k_outer, preserve_unit_loops=True)
     across = int(schedule.get(w_outer).extent)
-    ways = {"loops": False}
+    images = int(schedule.get(n).extent)
+    all_tiles = images * int(schedule.get(h_outer).extent) * across
+    ways = {"loops": "loops"}
     if _has_whole_rows(schedule, across):
-        fits = _fits_by_rows(schedule, machine, across)
-        ways = {"rows": True, "loops": False} if fits else {"loops": False, "rows": True}
-    if machine.pick("way", ways):
+        order = ("rows", "loops") if _fits_by_rows(schedule, machine, across) else ("loops", "rows")
+        ways = {way: way for way in order}
+    if _is_tiny(schedule, machine, all_tiles):
+        ways = {"channels": "channels", **ways}
+    way = machine.pick("way", ways)
+    if way == "rows":
         task = schedule.fuse(n, h_outer)
-        _schedule_row(schedule, machine, task, across)
+        _schedule_task(schedule, machine, task, across)
+    elif way == "channels":
+        task, k_outer = schedule.split(k_outer, [machine.threads, None])
+        schedule.reorder(task, n, h_outer, w_outer, k_outer)
+        _schedule_task(schedule, machine, task, all_tiles)
     else:
         _schedule_input(schedule, machine, None)
         _schedule_products(schedule, machine)
@@ -96,6 +106,18 @@ def _fits_by_rows(schedule: s_tir.Schedule, machine: Machine, across: int) -> bo
     return enough and math.prod(weight) * 4 <= machine.l2_bytes
 
 
+def _is_tiny(schedule: s_tir.Schedule, machine: Machine, tiles: int) -> bool:
+    """Say whether each thread may transform the whole image, for its part of the channels.
+
+    The threads then meet once instead of three times, and hand nothing over in between.
+    """
+    sums = schedule.get_sblock("wino_acc")
+    side, _, rounded, channels, depth = extents(schedule, sums)
+    shared = channels % (machine.lanes * machine.threads) == 0
+    small = side * side * tiles * depth * 4 <= machine.l1_bytes
+    return machine.threads > 1 and shared and small and rounded == tiles
+
+
 def _tile_rows(machine: Machine, tiles: int, channels: int, depth: int, pack: int) -> int:
     vectors = pack // vector_length(pack, machine.lanes)
     _, rows = choose_pixels(
@@ -104,16 +126,16 @@ def _tile_rows(machine: Machine, tiles: int, channels: int, depth: int, pack: in
     return rows
 
 
-def _schedule_row(schedule: s_tir.Schedule, machine: Machine, task: LoopRV, across: int) -> None:
-    """Compute transform and products of a row of tiles inside the output's task."""
+def _schedule_task(schedule: s_tir.Schedule, machine: Machine, task: LoopRV, across: int) -> None:
+    """Compute transform and products of some tiles and channels inside the output's task."""
     sums = schedule.get_sblock("wino_acc")
     side, _, tiles, channels, depth = extents(schedule, sums)
-    pack = read_shape(schedule, sums, 1)[-1]
-    lanes = vector_length(pack, machine.lanes)
-    rows = _tile_rows(machine, across, channels, depth, pack)
     stored = schedule.cache_write(sums, 0, "global")
     schedule.compute_at(stored, task, preserve_unit_loops=True)
     x, y, p, k = schedule.get_loops(stored)[-4:]
+    pack = math.gcd(read_shape(schedule, sums, 1)[-1], int(schedule.get(k).extent))
+    lanes = vector_length(pack, machine.lanes)
+    rows = _tile_rows(machine, across, channels, depth, pack)
     p_outer, p_inner = schedule.split(p, [None, rows])
     k_outer, k_vector, k_lane = schedule.split(k, [None, pack // lanes, lanes])
     schedule.reorder(x, y, k_outer, p_outer, p_inner, k_vector, k_lane)

@@ -181,7 +181,7 @@ amount = 3
         "  - model.path: required, but not given",
         "  - model.shape: unknown key, the nearest is 'shapes'",
         "  - target.threads: required is a valid integer, given is '2'",
-        "  - goal.goal: required is 'latency' or 'size', given is 'speed'",
+        "  - goal.goal: required is 'latency', 'size' or 'memory', given is 'speed'",
         "  - measure: warmup (20) must be less than runs (10)",
         "  - step[0].amount: required is less than 1, given is 1.5",
         "  - step[0].recover.epoch: unknown key, the nearest is 'epochs'",

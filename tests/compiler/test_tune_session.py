@@ -10,7 +10,7 @@ import pytest
 
 from hone.database import Database
 from hone.targets.target import resolve
-from hone.tuning import session as tune_session
+from hone.tuning import follow
 from hone.tuning.session import Session, batch_size
 
 HOST = resolve("host")
@@ -18,7 +18,7 @@ HOST = resolve("host")
 
 @pytest.fixture
 def session(tmp_path: Path) -> Session:
-    """A session of 100 s without a kernel, of which 15 s are for the model."""
+    """A session of 100 s without a kernel, of which 20 s are for the model."""
     return Session(
         tasks=[],
         database=Database(tmp_path, HOST, threads=1),
@@ -59,7 +59,7 @@ def test_a_child_is_left_when_it_is_late_or_the_time_is_over(
     session: Session, silent: SimpleNamespace, elapsed_s: float, reason: str
 ) -> None:
     session.started -= elapsed_s
-    assert tune_session._follow(session, silent, None, lambda: None) == reason
+    assert follow._follow(session, silent, None, lambda: None) == reason
 
 
 def test_a_new_child_is_told_that_only_the_trial_is_left(session: Session, tmp_path: Path) -> None:

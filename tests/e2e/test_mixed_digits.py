@@ -140,3 +140,14 @@ def test_layers_that_one_precision_leaves_get_the_next_when_size_counts(folder: 
         assert all(cost.microseconds is None for cost in each.costs.values())
         if each.precision == "int8-weights":
             assert each.reason == "int4-weights: costs more accuracy than the budget allows"
+
+
+def test_layers_that_integers_leave_get_sixteen_bits(folder: Path):
+    # By size, so that the clock of a machine without such instructions has no say.
+    row = mixed_row(build(folder, goal="size", budget=0.009, precisions=["int8", "bf16"]))
+    assert {each.precision for each in row.precisions} == {"int8", "bf16"}
+    assert row.output_error is not None
+    assert row.output_error <= 0.009
+    for each in row.precisions:
+        # 8 bits of a significand against about 8 of a range: of one order, and neither is nothing.
+        assert 0 < (each.costs["bf16"].error or 0) < 0.05

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from .int8 import Int8Options
 from .section import Count, Seconds
 
-Precision = Literal["int8", "int8-weights", "int4-weights"]
+Precision = Literal["int8", "bf16", "fp16", "int8-weights", "int4-weights"]
 """What a layer may have beside float; `hone.steps.quantizers` has one for each."""
 
 
@@ -20,7 +20,7 @@ class MixedStep(Int8Options):
     precisions: Annotated[list[Precision], Field(min_length=1)] = Field(
         default=["int8"],
         description="what layers may have beside float, the fastest first: integers throughout, "
-        "or weights alone of 8 or 4 bits",
+        "floats of 16 bits, or weights alone of 8 or 4 bits",
     )
     samples: Count = Field(
         default=8,

@@ -32,6 +32,11 @@ class StepSection(Section):
     """Whether the selectors' patterns look at convolutions and matrix products only."""
 
     @property
+    def selects(self) -> bool:
+        """Whether the selectors name layers; a step may choose them itself."""
+        return True
+
+    @property
     def title(self) -> str:
         """The step's row in the report."""
         return self.kind

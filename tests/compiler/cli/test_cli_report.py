@@ -109,7 +109,7 @@ class TestBuild:
 
     def test_json_is_the_report(self, run, recipes, tmp_path):
         shown = run("build", tmp_path / "hone.toml", "--json")
-        assert shown.data == json.loads(SAMPLE.read_text(encoding="utf-8"))
+        assert shown.data == json.loads(Report.read(SAMPLE).to_json())
 
     def test_takes_hone_toml_of_the_current_folder(self, run, recipes, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hone.targets.schedule.machine import (
+    L2_BYTES_PER_CYCLE,
     Machine,
     choose_pixels,
     choose_tasks,
@@ -133,3 +134,12 @@ def test_points_of_the_lowering_are_named_after_the_layer() -> None:
     assert choose_winograd(replace(AVX512, decided=((winograd, "direct"),)), batch=1, **shape) == 0
     other = choose_tile(replace(AVX512, decided=((pack, asked[pack][1]),)), taps=9, **shape)
     assert other.vectors != first.vectors
+
+
+def test_weights_that_stay_in_a_cache_are_streamed_from_there() -> None:
+    half = AVX512.l2_bytes // 2
+    assert AVX512.holding(half).weight_bytes_per_cycle == 2 * L2_BYTES_PER_CYCLE
+    assert AVX512.holding(half + 1) == AVX512
+    layer = {"batch": 1, "height": 4, "width": 4, "channels": 128, "depth": 64}
+    assert choose_winograd(AVX512, **layer) == 0
+    assert choose_winograd(AVX512.holding(half), **layer) == 2
