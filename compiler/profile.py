@@ -103,7 +103,8 @@ class Profile:
     run_ms : float
         A whole run that nobody watched, median.
     overhead_ms : float
-        What is left of it without the kernels: the virtual machine. Median over rounds.
+        What is left of it without the kernels, which are timed under the virtual machine. Median
+        over rounds.
     overhead_ci95_ms : tuple of float
         Bootstrap interval over rounds; where it holds 0, the overhead is lost in noise.
     timer_ms : float

@@ -2,8 +2,8 @@
 
 For this machine: the C++ compiler that ``CXX`` names or the system has, else ziglang. For another
 architecture, or where a target names the oldest C library it must load on: ziglang, which brings
-the libraries' stubs, else a cross compiler. Nothing is linked but object files and what they need
-of the C library, so a library comes out the same in any folder and process.
+the libraries' stubs, else a cross compiler. Nothing is linked but object files, C sources of
+ours and what they need of the C library, so a library comes out the same in any folder and process.
 """
 
 from __future__ import annotations

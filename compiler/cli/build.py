@@ -18,7 +18,11 @@ from hone.cli.command import verb
 @click.option("-o", "--output", "directory", type=options.PATH, metavar="DIR", help="Results here.")
 @click.option("--target", metavar="NAME", help="As `hone target list` prints it.")
 @click.option("--threads", type=options.THREADS, metavar="N", help="Threads of one run.")
-@click.option("--goal", type=click.Choice(["latency", "size"]), help="What a step must improve.")
+@click.option(
+    "--goal",
+    type=click.Choice(["latency", "size", "memory"]),
+    help="What a step must improve.",
+)
 @click.option(
     "--max-accuracy-drop", type=options.percentage, metavar="SHARE", help="Such as 0.5% or 0.005."
 )

@@ -26,6 +26,9 @@ WORTHWHILE = 0.98
 """A record is used when it takes at most this share of the untuned time: below it is noise."""
 
 
+NEARLY = 0.99
+"""A record is tried inside the model when it takes at most this share of the untuned time."""
+
 CONTENDERS = 5
 """Records of a kernel that are tried inside the model: among so many that are nearly equal in
 isolation the best one there is usually found."""
@@ -276,8 +279,8 @@ def contenders(
 ) -> list[list[Any]]:
     """Return the records that are worth a try inside the model, confirmed and fast ones first.
 
-    Every one that is no slower in isolation than the untuned kernel: the order there is not the
-    order inside the model.
+    Every one that is faster in isolation than the untuned kernel, if only a little: the order
+    there is not the order inside the model.
 
     Parameters
     ----------
@@ -288,7 +291,7 @@ def contenders(
     untuned_s : float or None
         Seconds in isolation without a record.
     """
-    limit = math.inf if untuned_s is None else untuned_s
+    limit = math.inf if untuned_s is None else NEARLY * untuned_s
     tried = [
         record
         for record in records

@@ -177,6 +177,12 @@ def kernel_times(
     return found
 
 
+def least_s(run_s: float, contenders: int) -> float:
+    """Return the seconds that the shortest comparison takes."""
+    rounds = plan(run_s, contenders, 0.0)
+    return contenders * rounds.rounds * (rounds.runs * run_s + SETTLE_S)
+
+
 def fitting(run_s: float, contenders: int, deadline: float) -> tuple[Rounds, float]:
     """Return the rounds of a comparison that fits into the time that is left, and its end.
 

@@ -35,9 +35,14 @@ from .running import (
     fitting,
     interleave,
     kernel_times,
+    least_s,
     timer_s,
     views,
 )
+
+WHOLE_CONTENDERS = 3
+LOADING_S = 0.5
+"""Models that are compared at the end, and about how long it takes to load them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,8 @@ class RunningModel:
         self._built: dict[tuple[str, int], list[tvm.runtime.Module]] = {}
         self._deadline = float("inf")
         self._run_s, self._watched_s = self._untuned.probe()
+        # Without the comparison of whole models at the end, all trials would be for nothing.
+        self._reserve_s = LOADING_S + 2 * least_s(self._run_s, WHOLE_CONTENDERS)
 
     def _version(self, kernels: Sequence[tvm.runtime.Module]) -> Version:
         libraries = (*kernels, self._untuned_kernels)
@@ -142,7 +149,7 @@ class RunningModel:
         libraries: list[tvm.runtime.Module] = []
         built = []
         for kernel, number in choice.items():
-            fitting(self._watched_s, 2, self._deadline)
+            fitting(self._watched_s, 2, self._deadline - self._reserve_s)
             if found := self._kernel(kernel, number):
                 libraries += found
                 built.append(kernel)
@@ -151,7 +158,9 @@ class RunningModel:
         version = self._version(libraries)
         version.run()
         watched = interleave(
-            {UNTUNED: self._untuned.watch, RECORD: version.watch}, self._watched_s, self._deadline
+            {UNTUNED: self._untuned.watch, RECORD: version.watch},
+            self._watched_s,
+            self._deadline - self._reserve_s,
         )
         own_s = timer_s(watched[UNTUNED])
         measured = {}

@@ -146,9 +146,9 @@ def _view(graph: Dataflow, expr: relax.Expr) -> tuple[relax.Expr, np.ndarray, np
         value.op.same_as(op) for op in (_PERMUTE, _RESHAPE, _SPLIT)
     ):
         base, memory, view = _view(graph, value.args[0])
-        view = _step(view, value, index)
-        if view is not None:
-            return base, memory, view
+        stepped = _step(view, value, index)
+        if stepped is not None:
+            return base, memory, stepped
     memory = np.empty(shape_of(expr), np.int8)
     return expr, memory, memory
 

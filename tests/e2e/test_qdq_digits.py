@@ -105,9 +105,13 @@ def test_package_is_int8_with_the_golden_tolerance_of_int8(digits):
     assert hone.compile(digits, threads=1, precision="int8").manifest.precision == "int8"
     with pytest.raises(UsageError) as error:
         hone.compile(digits, threads=1, precision="int8", calibration="random:4")
-    assert str(error.value).splitlines()[0].endswith(
-        "the model is quantized already and keeps its own levels, so that nothing is left to "
-        "calibrate or to choose"
+    assert (
+        str(error.value)
+        .splitlines()[0]
+        .endswith(
+            "the model is quantized already and keeps its own levels, so that nothing is left to "
+            "calibrate or to choose"
+        )
     )
 
 

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import hone
 import hone.models
@@ -61,3 +62,24 @@ def test_library_for_a_board_is_the_same_bytes_when_compiled_twice(digits):
     if toolchain.zig_version() is None:
         pytest.skip("ziglang is not installed")
     assert library(digits[0], "rpi4", threads=1) == library(digits[0], "rpi4", threads=1)
+
+
+def test_denormals_are_zeros_on_a_board(arm_emulator, tmp_path):
+    # Run by the virtual machine and by the plan, which the runner compares.
+    size = 1 << 16
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [size])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [size])
+    half = numpy_helper.from_array(np.full(1, 0.5, np.float32), "half")
+    node = helper.make_node("Mul", ["x", "half"], ["y"])
+    graph = helper.make_graph([node], "g", [x], [y], [half])
+    opset = [helper.make_opsetid("", 17)]
+    model = hone.load(helper.make_model(graph, opset_imports=opset, ir_version=8))
+    path = tmp_path / "lib.so"
+    path.write_bytes(library(model, "rpi4", threads=2))
+    values = np.full(size, 1.5e-38, np.float32)  # normal; half of it is not
+    values[::2] = 1e-39  # not normal
+    values[1::4] = 3.0
+    (actual,) = arm_emulator.run(path, [values], cpu="cortex-a72", threads=2)
+    assert (actual[1::4] == 1.5).all()
+    rest = np.delete(actual, np.s_[1::4])
+    assert not rest.any()

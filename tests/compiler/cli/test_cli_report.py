@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from hone.recipe import GoalSection
 from hone.report.schema import Report
 
 SAMPLE = Path(__file__).parents[1] / "report" / "sample.json"
@@ -123,6 +125,11 @@ class TestBuild:
         run("build", recipe, "--threads", "3", "--goal", "size")
         assert [r.target.threads for r in recipes] == [2, 3]
         assert [r.goal.goal for r in recipes] == ["latency", "size"]
+
+    @pytest.mark.parametrize("goal", get_args(GoalSection.model_fields["goal"].annotation))
+    def test_every_goal_of_a_recipe_is_a_flag(self, goal, run, recipes, tmp_path):
+        assert run("build", tmp_path / "hone.toml", "--goal", goal).code == 0
+        assert [recipe.goal.goal for recipe in recipes] == [goal]
 
     def test_every_flag_reaches_the_recipe(self, run, recipes, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
