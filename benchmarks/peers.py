@@ -1,6 +1,7 @@
 """Compare hone with its peers: every reference network, each in one interleaved run.
 
-``python benchmarks/peers.py [--only NAME] [--precision P] [--threads N] [--json]``. Networks but
+``python benchmarks/peers.py [--only NAME] [--precision P] [--batch N] [--threads N]
+[--json]``. Networks but
 the trained digits have random weights, so this compares speed, not accuracy; hone compiles without
 tuning. bf16: OpenVINO is allowed it too; onnxruntime has no kernels for it on processors and stays
 fp32. int8: everybody is given the QDQ model that onnxruntime's quantizer makes.
@@ -16,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnx
+
 from hone import driver, models, parity
 from hone.bench import Bench, bench
 from hone.importer import load
@@ -25,12 +28,13 @@ PEERS = ("onnxruntime", "openvino")
 DIGITS = Path(__file__).parents[1] / "models" / "digits" / "digits.onnx"
 
 
-def compare(name: str, folder: Path, *, precision: str, threads: int, rounds: int) -> Bench:
+def compare(
+    name: str, folder: Path, *, precision: str, batch: int, threads: int, rounds: int
+) -> Bench:
     """Measure one network in hone and in every peer that is installed."""
     network = folder / f"{name}.onnx"
-    network.write_bytes(
-        DIGITS.read_bytes() if name == "digits" else models.build(name).SerializeToString()
-    )
+    model = onnx.load(DIGITS) if name == "digits" else models.build(name)
+    onnx.save(batched(model, batch), network)
     if precision == "int8":
         network = quantized(network)
     package = driver.compile(load(network), threads=threads, precision=precision)
@@ -39,6 +43,21 @@ def compare(name: str, folder: Path, *, precision: str, threads: int, rounds: in
     package.save(path)
     installed = [peer for peer in PEERS if find_spec(peer)]
     return bench([path], vs=installed, threads=threads, rounds=Rounds(rounds=rounds))
+
+
+def batched(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """Return a network of batch 1 with another batch.
+
+    Raises
+    ------
+    onnx.shape_inference.InferenceError
+        The network has its batch in a constant.
+    """
+    if batch == 1:
+        return model
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
 
 
 def quantized(network: Path) -> Path:
@@ -109,6 +128,7 @@ def main() -> int:
     names = ("digits", *(name for name in models.names() if name != "digits-cnn"))
     parser.add_argument("--only", choices=names, action="append", help="one network; repeatable")
     parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="fp32")
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -121,6 +141,7 @@ def main() -> int:
                 name,
                 Path(folder),
                 precision=arguments.precision,
+                batch=arguments.batch,
                 threads=arguments.threads,
                 rounds=arguments.rounds,
             )
