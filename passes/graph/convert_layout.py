@@ -1,6 +1,7 @@
 """Rewrites 2-D convolutions and pooling from NCHW to NHWC, weights from OIHW to OHWI.
 
 Rewrites ``relax.nn.conv2d`` and, through layout inference, what stands between convolutions.
+Transposed convolutions stay in NCHW: nothing lowers them in another layout.
 Runs after batch norm is folded and before quantization or legalization; running it twice is
 the same as once. Numerics: exact, except that sums may be taken in another order.
 """
@@ -25,7 +26,12 @@ class ToNHWC:
         transform = relax.transform
         return tvm.transform.Sequential(
             [
-                transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "OHWI"]}),
+                transform.ConvertLayout(
+                    {
+                        "relax.nn.conv2d": ["NHWC", "OHWI"],
+                        "relax.nn.conv2d_transpose": ["NCHW", "IOHW"],
+                    }
+                ),
                 transform.Normalize(),
                 transform.FoldConstant(),
                 transform.CanonicalizeBindings(),

@@ -88,6 +88,33 @@ def test_layout_leaves_a_network_without_convolutions_alone(rng: np.random.Gener
     assert_structural_equal(apply(before, ToNHWC()), before)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_layout_of_a_transposed_convolution_stays(rng: np.random.Generator, groups: int) -> None:
+    def network(*, converted: bool) -> tvm.IRModule:
+        builder = relax.BlockBuilder()
+        x = relax.Var("x", relax.TensorType((2, 3, 5, 6), "float32"))
+        with builder.function("main", [x]):
+            with builder.dataflow():
+                if converted:
+                    y = builder.emit(relax.op.permute_dims(x, [0, 2, 3, 1]))
+                    weight = relax.const(weights[0].transpose(0, 2, 3, 1))
+                    layouts = {"data_layout": "NHWC", "kernel_layout": "OHWI", "out_layout": "NHWC"}
+                    y = builder.emit(relax.op.nn.conv2d(y, weight, **layouts))
+                    y = builder.emit(relax.op.permute_dims(y, [0, 3, 1, 2]))
+                else:
+                    y = builder.emit(relax.op.nn.conv2d(x, relax.const(weights[0])))
+                z = relax.op.nn.conv2d_transpose(
+                    y, relax.const(weights[1]), strides=2, groups=groups
+                )
+                z = builder.emit_output(z)
+            builder.emit_func_output(z)
+        return builder.get()
+
+    weights = [rng.standard_normal(s).astype("float32") for s in ((4, 3, 1, 1), (4, 6, 2, 2))]
+    after = apply(network(converted=False), ToNHWC())
+    assert_structural_equal(after, network(converted=True))
+
+
 # Of the image, and of the last feature map where a flatten follows in ONNX's order; the
 # transformers' own permutations are theirs.
 EXPECTED = {"digits-cnn": 2, "resnet18": 1, "resnet50": 1, "mobilenetv2": 1}
