@@ -16,8 +16,8 @@ LABEL_WIDTH = 250.0
 PLOT_WIDTH = 500.0
 VALUE_WIDTH = 170.0
 AXIS_HEIGHT = 44.0
-LABEL_CHARACTERS = 36
-"""What fits into `LABEL_WIDTH` at 13 px."""
+LABEL_CHARACTERS = 30
+"""What fits into `LABEL_WIDTH` at 13 px, 7.1 for a character, beside the number of the step."""
 
 SCATTER_WIDTH = 920.0
 SCATTER_HEIGHT = 370.0

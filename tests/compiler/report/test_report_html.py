@@ -126,6 +126,18 @@ def test_every_text_is_escaped(change):
     assert not [a for _, at in page.elements for a in at if a.startswith("on")]
 
 
+def test_long_names_leave_room_for_the_number_of_their_step(report):
+    names = ["baseline", "int8 percentile + adaptive rounding + bias correction"]
+    steps = [
+        step.model_copy(update={"name": name})
+        for step, name in zip(report.steps, names, strict=False)
+    ]
+    bars = charts.waterfall(report.model_copy(update={"steps": steps})).bars
+    assert [bar.label for bar in bars[:2]] == ["baseline", "int8 percentile + adaptive ro…"]
+    # 7.1 px for a character; the label ends 12 px before the plot, the number takes 20.
+    assert 7.1 * max(len(bar.label) for bar in bars) <= charts.LABEL_WIDTH - 12 - 20
+
+
 def test_waterfall_bars_are_proportional_and_kept_rows_stand_on_each_other(report):
     chart = charts.waterfall(report)
     baseline, tuned, prune, split, int8, ort, _ = chart.bars
