@@ -71,16 +71,23 @@ class _Origins:
 
     def __init__(self, func: relax.Function) -> None:
         self._known: dict[Hashable, deque[str]] = {}
+        self._unknown: dict[Hashable, int] = {}
         for binding in _bindings(func):
             found = self._known.setdefault(_identity(binding.value, {}), deque())
             found.append(str(binding.var.name))
 
     def name(self, binding: relax.VarBinding, names: Mapping[str, Hashable]) -> Hashable:
-        """Return the binding's name before fusion; what it computes where it had none."""
+        """Return the binding's name before fusion; what stands for its value where it had none."""
         identity = _identity(binding.value, names)
         found = self._known.get(identity)
-        # Of two that compute the same from the same, each is found once.
-        return (found.popleft() if len(found) > 1 else found[0]) if found else identity
+        if found:
+            # Of two that compute the same from the same, each is found once.
+            return found.popleft() if len(found) > 1 else found[0]
+        if isinstance(binding.value, relax.Call):
+            # A number, not the operands' identities, which would double wherever two of them
+            # share one: a tuple is hashed as a tree.
+            return self._unknown.setdefault(identity, len(self._unknown))
+        return identity
 
 
 @tvm.transform.module_pass(opt_level=0)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 import tvm
 from tvm import relax
 
-from hone.passes.lower.fuse_operators import FuseOperators, call_layers, kernel_layers
+from hone.passes.lower.fuse_operators import (
+    FuseOperators,
+    _Origins,
+    call_layers,
+    kernel_layers,
+)
 
 
 def branches() -> tvm.IRModule:
@@ -57,3 +64,24 @@ def test_no_layer_is_listed_twice_and_none_is_lost():
 def test_calls_are_told_apart_when_they_share_their_input():
     table = kernel_layers(FuseOperators()(branches()))
     assert not any("query" in layers and "both" in layers for layers in table.values())
+
+
+def test_values_without_a_name_are_told_apart_by_numbers_not_by_trees_that_double():
+    block = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((2,), "float32"))
+    with block.function("main", [x]):
+        with block.dataflow():
+            value: relax.Expr = x
+            for _ in range(64):
+                value = block.emit(relax.op.add(value, value))
+            result = block.emit_output(value)
+        block.emit_func_output(result)
+    func = block.get()["main"]
+    unnamed = relax.Function(func.params, relax.SeqExpr([], x), func.ret_ty)
+
+    origins = _Origins(unnamed)
+    names: dict[str, Hashable] = {}
+    for binding in func.body.blocks[0].bindings:
+        names[str(binding.var.name)] = origins.name(binding, names)
+    # A number each; the last binding only hands on what the one before it has.
+    assert set(names.values()) == set(range(64))
