@@ -6,12 +6,14 @@ candidate of a build goes through as well.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hone.passes.quantize.match_qdq import is_qdq, match_qdq
+from hone.passes.quantize.pack_weights import WeightPacking, pack_weights
 from hone.passes.quantize.quantize_int8 import Quantization
 from hone.targets import features
 from hone.targets.target import Target, resolve
@@ -69,6 +71,8 @@ class Assembled:
         The rule of each kernel, and which ones the tuning database covers.
     quantization : Quantization or None
         What of a model that was quantized before its import became integer kernels.
+    packing : WeightPacking or None
+        Which of its other weights stay in their few bits.
     conversions : mapping of str to tuple of str
         Kernel → what it converts between float and integers, such as ``quantize image``.
     """
@@ -77,6 +81,7 @@ class Assembled:
     lowered: tvm.IRModule
     scheduled: pipeline.Scheduled
     quantization: Quantization | None = None
+    packing: WeightPacking | None = None
     conversions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -124,7 +129,7 @@ def assemble(
         No linker for the target (exit 6).
     """
     raise_problems(unpackable(model.signature), model.origin.path)
-    integers, quantization = _in_integers(model)
+    integers, quantization, packing = _in_integers(model)
     if quantization is not None and quantization.quantized:
         precision = "int8"
     lowered = pipeline.lower(
@@ -165,19 +170,21 @@ def assemble(
         lowered=lowered,
         scheduled=scheduled,
         quantization=quantization,
+        packing=packing,
         conversions=converting_kernels(model, integers.module, lowered),
     )
 
 
-def _in_integers(model: Model) -> tuple[Model, Quantization | None]:
-    """Return a model that was quantized before its import with hone's integer operators.
+def _in_integers(model: Model) -> tuple[Model, Quantization | None, WeightPacking | None]:
+    """Return a model that was quantized before its import with hone's operators for its levels.
 
     And what became of its layers; any other model comes back as it is, with None.
     """
     if not is_qdq(model.module):
-        return model, None
+        return model, None, None
     quantization = match_qdq(model.module)
-    return model.with_module(quantization.module), quantization
+    packing = pack_weights(quantization.module)
+    return model.with_module(packing.module), quantization, packing
 
 
 def reference_runner(
@@ -300,8 +307,8 @@ def compile(
             database=records,
             compact=compact,
         )
-    if assembled.quantization is not None:
-        _report_quantization(assembled.quantization, progress=progress)
+    if assembled.quantization is not None and assembled.packing is not None:
+        _report_quantization(assembled.quantization, assembled.packing, progress=progress)
     if records is not None:
         _report_hits(assembled.scheduled, locked=locked, progress=progress)
     runner = reference_runner(model, assembled.package, target=resolved, threads=threads)
@@ -335,13 +342,20 @@ def _compact(goal: str) -> bool:
     return goal == "size"
 
 
-def _report_quantization(found: Quantization, *, progress: Progress) -> None:
+def _report_quantization(
+    found: Quantization, packing: WeightPacking, *, progress: Progress
+) -> None:
     progress.log(
         f"int8: the model is quantized: {len(found.quantized)} kernels in int8, "
         f"{len(found.conversions)} conversions"
     )
     for layer, reason in found.skipped:
-        progress.log(f"int8: {layer} stays in float: {reason}")
+        if layer not in packing.packed:
+            progress.log(f"int8: {layer} stays in float: {reason}")
+    for bits, count in sorted(Counter(packing.packed.values()).items()):
+        progress.log(f"weights: {count} layers read the model's own levels, packed in {bits} bits")
+    for layer, reason in packing.skipped:
+        progress.log(f"weights: those of {layer} become float32: {reason}")
 
 
 def _report_hits(scheduled: pipeline.Scheduled, *, locked: bool, progress: Progress) -> None:
@@ -388,7 +402,7 @@ def search(
     from .tune import tune as tune_kernels
     from .tuning.choices import tune_lowerings
 
-    model, _ = _in_integers(model)
+    model, _, _ = _in_integers(model)
     lowering = None
     if seconds >= LEAST_LOWERING_S:
         lowering = tune_lowerings(

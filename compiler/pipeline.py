@@ -24,6 +24,7 @@ from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 from hone.passes.lower.raw_kernels import RAW, RawKernels
 from hone.passes.lower.unify_convolutions import UnifyConvolutions
 from hone.passes.quantize.match_qdq import MatchQdq
+from hone.passes.quantize.pack_weights import PackWeights
 from hone.targets import features
 from hone.targets.schedule.cpu import Decision, ScheduleModule
 from hone.targets.schedule.machine import Machine
@@ -64,6 +65,11 @@ def graph_stages() -> tuple[Stage, ...]:
             name="match-qdq",
             summary="layers of an imported quantized model become integer operators",
             run=MatchQdq(),
+        ),
+        Stage(
+            name="pack-weights",
+            summary="imported weights of few bits stay packed where only weights are quantized",
+            run=PackWeights(),
         ),
         Stage(
             name="fold-constants", summary="evaluate constant nodes", run=transform.FoldConstant()

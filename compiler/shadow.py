@@ -13,6 +13,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from hone.passes.lower.weight_only import legalize_decode
+from hone.passes.quantize.decode_operator import NAME as DECODE_WEIGHTS
+
 
 def evaluate(
     module: tvm.IRModule, inputs: Mapping[str, np.ndarray], bindings: Iterable[str] = ()
@@ -40,7 +43,7 @@ def evaluate(
     shadow = tvm.transform.Sequential(
         [
             relax.transform.DecomposeOpsForInference(),
-            relax.transform.LegalizeOps(),
+            relax.transform.LegalizeOps({DECODE_WEIGHTS: legalize_decode}),
             relax.transform.FoldConstant(),
         ]
     )(shadow)
