@@ -16,6 +16,8 @@ from .model import Model
 _PROTO_LIMIT_BYTES: Final = (1 << 31) - (1 << 20)
 """Protobuf serializes less than 2 GiB; larger models go through a file with external data."""
 
+_ACCURACY: Final = "accuracy_level"
+
 
 class NotCheckedError(Exception):
     """onnxruntime cannot run the model; says why."""
@@ -57,6 +59,7 @@ class Reference:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             proto = _with_outputs(proto, extra)
         self._errors = onnxruntime.capi.onnxruntime_pybind11_state
+        proto = _in_float(proto)
         try:
             self._session = _open(proto, options)
         except Exception as error:
@@ -97,6 +100,23 @@ def _open(proto: onnx.ModelProto, options: Any) -> Any:
         copy.CopyFrom(proto)
         onnx.save(copy, str(path), save_as_external_data=True, location="weights")
         return onnxruntime.InferenceSession(str(path), options, providers)
+
+
+def _in_float(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model without leave to compute weight-only products in integers.
+
+    ``accuracy_level`` says which precision is enough; from 4 on onnxruntime rounds the inputs of
+    MatMulNBits to 8 bits, by scales of its own, which the model does not say.
+    """
+    if not any(a.name == _ACCURACY for node in proto.graph.node for a in node.attribute):
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for node in copy.graph.node:
+        kept = [a for a in node.attribute if a.name != _ACCURACY]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    return copy
 
 
 def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

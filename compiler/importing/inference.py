@@ -28,15 +28,21 @@ _PER_AXIS_OPSET: Final = 13
 in opset 10. QLinearConv had scales for each channel from the start: its rewriting needs them."""
 
 
-def schema_opset(op_type: str, opset: int) -> int:
-    """Return the opset whose definition of an operator is used for a model's opset."""
-    per_axis = op_type in ("DequantizeLinear", "QuantizeLinear")
-    return max(opset, _PER_AXIS_OPSET) if per_axis else opset
+_BLOCKED_OPSET: Final = 21
+"""Both have blocks from here on; in onnxruntime's own domain they have them in any opset."""
+
+
+def schema_opset(proto: onnx.NodeProto, opset: int) -> int:
+    """Return the opset whose definition of a node's operator is used for a model's opset."""
+    if proto.op_type not in ("DequantizeLinear", "QuantizeLinear"):
+        return opset
+    blocked = any(a.name == "block_size" and a.i for a in proto.attribute)
+    return max(opset, _BLOCKED_OPSET if blocked else _PER_AXIS_OPSET)
 
 
 def opset_imports(proto: onnx.NodeProto, file: OnnxFile) -> list[onnx.OperatorSetIdProto]:
     """Return a model's opsets, as they hold for one of its nodes."""
-    opset = schema_opset(proto.op_type, file.opset)
+    opset = schema_opset(proto, file.opset)
     others = [o for o in file.proto.opset_import if o.domain not in ("", "ai.onnx")]
     return [helper.make_opsetid("", opset), *others]
 
@@ -69,7 +75,7 @@ def infer(
     InferenceError
         Says what does not fit.
     """
-    schema = onnx.defs.get_schema(proto.op_type, schema_opset(proto.op_type, file.opset), "")
+    schema = onnx.defs.get_schema(proto.op_type, schema_opset(proto, file.opset), "")
     names = [i for i in proto.input if i]
     _check_types(schema, proto, spec, file.opset)
     small = [i for i in names if i in constants and constants[i].size <= _DATA_ELEMENTS]

@@ -48,6 +48,14 @@ DTYPES: Final = frozenset(
 )
 """Element types of tensors."""
 
+NARROW: Final[Mapping[str, tuple[str, int]]] = {
+    "int2": ("int8", 2),
+    "int4": ("int8", 4),
+    "uint2": ("uint8", 2),
+    "uint4": ("uint8", 4),
+}
+"""Element types of constant levels: the type that holds them in memory, and their bits."""
+
 WEIGHTED: Final = frozenset(
     ("Conv", "ConvInteger", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger")
 )
@@ -261,7 +269,6 @@ _RULES: Final[Mapping[str, Callable[[NodeView], str | None]]] = {
     "BatchNormalization": _batch_normalization,
     "BitShift": _signed,
     "Conv": _conv,
-    "DequantizeLinear": _blocked,
     "Dropout": _dropout,
     "LayerNormalization": _more_outputs,
     "LpPool": _pool,

@@ -1,8 +1,9 @@
 """Rewrites ONNX's quantized operators as QDQ: dequantize → float operator → quantize.
 
 Covers QLinearConv, QLinearMatMul, ConvInteger and MatMulInteger of the standard, and what
-onnxruntime's quantizer writes in its own domain (QGemm, QLinearAdd, QLinearConcat, …). The float
-operator keeps the layer's id; what is added around it is named ``<id>/QuantizeLinear`` and so on.
+onnxruntime's quantizer writes in its own domain (QGemm, QLinearAdd, QLinearConcat, MatMulNBits, …).
+The float operator keeps the layer's id; what is added around it is named ``<id>/QuantizeLinear``
+and so on.
 The tensors of the model keep their names. `hone.passes.quantize.match_qdq` makes integer operators
 of the result. Numerics: exact, as QDQ is how the standard defines these operators; an integer
 operator is rewritten only where float32 holds all of its sums.
@@ -18,6 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from . import n_bits
 from .graph import attributes, elem_type
 from .layer_names import node_ids
 
@@ -45,12 +47,14 @@ def rewrite(proto: onnx.ModelProto) -> onnx.ModelProto:
     known = _Known.of(graph)
     nodes: list[onnx.NodeProto] = []
     added: list[onnx.TensorProto] = []
+    replaced: set[str] = set()
     for node, layer in zip(graph.node, ids, strict=True):
         rule = _rule(node)
         expansion = _Expansion(node=node, layer=layer, known=known)
         if rule is not None and rule(expansion):
             nodes += expansion.nodes
             added += expansion.initializers
+            replaced.update(expansion.replaced)
         else:
             kept = onnx.NodeProto()
             kept.CopyFrom(node)
@@ -60,8 +64,25 @@ def rewrite(proto: onnx.ModelProto) -> onnx.ModelProto:
     rewritten.CopyFrom(proto)
     del rewritten.graph.node[:]
     rewritten.graph.node.extend(nodes)
+    if replaced:
+        kept_tensors = [
+            t for t in graph.initializer if t.name not in replaced - _read(nodes, graph)
+        ]
+        del rewritten.graph.initializer[:]
+        rewritten.graph.initializer.extend(kept_tensors)
     rewritten.graph.initializer.extend(added)
     return rewritten
+
+
+def _read(nodes: Iterable[onnx.NodeProto], graph: onnx.GraphProto) -> set[str]:
+    """Return names that nodes, their branches and the outputs read."""
+    names = {output.name for output in graph.output}
+    for node in nodes:
+        names.update(node.input)
+        for attribute in node.attribute:
+            for branch in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                names |= _read(branch.node, branch)
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +139,8 @@ class _Expansion:
     known: _Known
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
+    replaced: tuple[str, ...] = ()
+    """Constants that others took the place of."""
 
     def input(self, index: int) -> str:
         """Return an input's name, empty where it is left out."""
@@ -319,12 +342,42 @@ def _integer(op: str) -> Rule:
     return rule
 
 
+def _n_bits(e: _Expansion) -> bool:
+    """MatMulNBits: its weight in blocks, dequantized for a MatMul; exact, and a float addition."""
+    names = tuple(name for name in e.node.input[1:4] if name in e.known.constants)
+    constants = {name: numpy_helper.to_array(e.known.constants[name]) for name in names}
+    if n_bits.obstacle(e.node, constants) is not None:
+        return False
+    blocks = n_bits.read_blocks(e.node, constants)
+    if blocks.zero_point.dtype == blocks.levels.dtype:
+        weight = e.emit(
+            "DequantizeLinear",
+            [
+                e.constant("levels", blocks.levels),
+                e.constant("scale", blocks.scale),
+                e.constant("zero_point", blocks.zero_point),
+            ],
+            axis=0,
+            block_size=blocks.size,
+        )
+    else:
+        weight = e.constant("weight", blocks.real)
+    if e.input(5):
+        product = e.main("MatMul", [e.input(0), weight])
+        e.emit("Add", [product, e.input(5)], output=e.node.output[0])
+    else:
+        e.main("MatMul", [e.input(0), weight], output=e.node.output[0])
+    e.replaced = names
+    return True
+
+
 _RULES: Final[Mapping[tuple[str, str], Rule]] = {
     ("", "ConvInteger"): _integer("Conv"),
     ("", "MatMulInteger"): _integer("MatMul"),
     ("", "QLinearConv"): _qlinear_conv,
     ("", "QLinearMatMul"): _qlinear_matmul,
     (MICROSOFT, "DequantizeLinear"): _standard("DequantizeLinear"),
+    (MICROSOFT, n_bits.OPERATOR): _n_bits,
     (MICROSOFT, "QGemm"): _q_gemm,
     (MICROSOFT, "QLinearAdd"): _binary("Add"),
     (MICROSOFT, "QLinearAveragePool"): _unary("AveragePool"),

@@ -3,7 +3,8 @@
 A tensor of 8-bit levels with one constant scale becomes ``hone.quantize`` and ``hone.dequantize``,
 also where it is a constant weight: the importer does not fold it, so that the module says what the
 model says, and `hone.passes.quantize.match_qdq` finds the integers. One scale for each index of an
-axis is TVM's own operator. What else there is (16 bits, float16 scales) is left to TVM's importer.
+axis is TVM's own operator, one for each block is `blocked`'s. What else there is (16 bits, float16
+scales) is left to TVM's importer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hone.passes.quantize import operators
 from hone.passes.quantize.qparams import SMALLEST_SCALE
 from hone.passes.quantize.type_inference import LEVEL_TYPES
 
+from .blocked import dequantize_blocked
 from .call import Call, Converter, const
 from .windows import WINDOWS
 
@@ -68,6 +70,8 @@ def _quantize_linear(call: Call) -> Any:
 
 
 def _dequantize_linear(call: Call) -> Any:
+    if call.attributes.get("block_size", 0):
+        return dequantize_blocked(call)
     if call.outputs[0].dtype != "float32" or call.dtype() not in (*LEVEL_TYPES, "int32"):
         return None
     if _is_single(call):

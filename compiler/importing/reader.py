@@ -18,12 +18,13 @@ from onnx import helper, numpy_helper
 
 from hone.signature import TensorSpec
 
+from . import n_bits
 from .graph import Graph, Node, Problem, attributes, dtype_name
 from .inference import InferenceError, evaluate, first_line, infer, macs, opset_imports
 from .inputs import resolve_inputs
 from .layer_names import node_ids
 from .onnx_file import OnnxFile
-from .operators import DTYPES, SUPPORTED, NodeView, refusal
+from .operators import DTYPES, NARROW, SUPPORTED, NodeView, refusal
 
 FOLD_LIMIT_BYTES: Final = 256 << 20
 """A constant that would be larger is computed at run time. The largest weight of a common network,
@@ -70,6 +71,8 @@ class _Reader:
         self.inputs: list[TensorSpec] = []
         self.values: dict[str, TensorSpec] = {}
         self.constants: dict[str, np.ndarray] = {}
+        self.narrow: dict[str, str] = {}
+        """Constants of less than 8 bits, and their types in the file."""
         self.unknown: set[str] = set()
         self.nodes: list[Node] = []
         self.weights_bytes = 0
@@ -87,7 +90,7 @@ class _Reader:
 
     def _store(self, tensor: onnx.TensorProto, name: str, op: str) -> None:
         dtype = dtype_name(tensor.data_type)
-        if dtype not in DTYPES:
+        if dtype not in (*DTYPES, *NARROW):
             self._problem(name, op, f"element type {dtype} is unsupported")
             self.unknown.add(name)
             return
@@ -99,8 +102,14 @@ class _Reader:
             )
             self.unknown.add(name)
             return
+        stored = array.nbytes
+        if dtype in NARROW:
+            # Their readers take levels of 8 bits as well.
+            wide, bits = NARROW[dtype]
+            array, stored = array.astype(wide), -(-array.size * bits // 8)
+            self.narrow[name] = dtype
         self.constants[name] = array
-        self.weights_bytes += array.nbytes
+        self.weights_bytes += stored
 
     def read_inputs(self, shapes: Mapping[str, Sequence[int]]) -> None:
         self.inputs, problems = resolve_inputs(self.proto, shapes)
@@ -194,8 +203,17 @@ class _Reader:
         found += [
             (f"output {name!r} is computed twice", "") for name in proto.output if self._known(name)
         ]
+        if proto.op_type != "DequantizeLinear":
+            found += [
+                (f"input {i!r} is {self.narrow[i]}, which only DequantizeLinear can read", "")
+                for i in proto.input
+                if i in self.narrow
+            ]
         name, opset = proto.op_type, self.file.opset
-        if proto.domain not in ("", "ai.onnx"):
+        obstacle = n_bits.obstacle(proto, self.constants)
+        if obstacle is not None:
+            found.append(obstacle)
+        elif proto.domain not in ("", "ai.onnx"):
             fix = "export the model for the standard ONNX domain only"
             found.append((f"operator {proto.domain}.{name} is unsupported", fix))
         elif not onnx.defs.has(name, opset):
@@ -309,6 +327,8 @@ class _Reader:
         outputs = []
         for value in self.proto.output:
             name = value.name
+            if name in self.narrow:
+                self._problem(name, "output", f"element type {self.narrow[name]} is unsupported")
             if self._known(name):
                 outputs.append(self._spec(name))
             elif name not in self.unknown:
@@ -351,6 +371,8 @@ def _weights(proto: onnx.NodeProto, known: set[str]) -> set[str]:
     """Return what a node reads as weights, or as what becomes weights."""
     if proto.op_type in ("Conv", "Gemm", "MatMul"):
         return set(proto.input[1:2])
+    if proto.op_type == "Gather" and not attributes(proto).get("axis", 0):
+        return set(proto.input[:1])
     if proto.op_type in _MOVES and proto.output[0] in known:
         return set(proto.input[:1])
     return set()
