@@ -353,7 +353,8 @@ def _report_quantization(
         if layer not in packing.packed:
             progress.log(f"int8: {layer} stays in float: {reason}")
     for bits, count in sorted(Counter(packing.packed.values()).items()):
-        progress.log(f"weights: {count} layers read the model's own levels, packed in {bits} bits")
+        read = "1 layer reads" if count == 1 else f"{count} layers read"
+        progress.log(f"weights: {read} the model's own levels, packed in {bits} bits")
     for layer, reason in packing.skipped:
         progress.log(f"weights: those of {layer} become float32: {reason}")
 

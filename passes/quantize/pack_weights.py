@@ -17,7 +17,14 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst, Op
 
-from hone.passes.graph.dataflow import Dataflow, Rebuilder, layer_of, shape_of, with_args
+from hone.passes.graph.dataflow import (
+    Dataflow,
+    Rebuilder,
+    is_dataflow,
+    layer_of,
+    shape_of,
+    with_args,
+)
 
 from .decode_operator import TABLE_MODES, Decoded, decode_call
 from .given_levels import given_levels
@@ -56,9 +63,11 @@ def pack_weights(module: tvm.IRModule) -> WeightPacking:
     Returns
     -------
     WeightPacking
-        The very same module where it has no dequantized weights.
+        The very same module where it has no dequantized weights, or is not one dataflow block.
     """
     function = module["main"]
+    if not is_dataflow(function):
+        return WeightPacking(module=module, packed={}, skipped=())
     graph = Dataflow(function)
     sites: dict[relax.Var, Decoded] = {}
     skipped: list[Skipped] = []
@@ -180,7 +189,8 @@ def _swaps(call: relax.Call) -> bool:
 def _is_direct(graph: Dataflow, var: relax.Var) -> bool:
     """Tell whether a layer with a packed weight reads it as it should already."""
     call = graph.definition[var]
-    return decode_call(graph.resolve(call.args[_POSITIONS[call.op]])) is not None
+    weight = graph.call(graph.resolve(call.args[_POSITIONS[call.op]]))
+    return weight is not None and decode_call(weight) is not None
 
 
 def _is_read(graph: Dataflow, var: relax.Var, sites: Mapping[relax.Var, Decoded]) -> bool:

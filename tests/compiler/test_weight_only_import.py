@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from hone import importer, parity, runtime, shadow
 from hone.errors import ModelError
 from hone.passes.quantize.match_qdq import match_qdq
 from hone.passes.quantize.pack_weights import WeightPacking, pack_weights
+from hone.progress import console
 
 MICROSOFT = "com.microsoft"
 NARROW = {
@@ -363,3 +365,48 @@ def test_onnxruntimes_own_domain_has_blocks_in_any_opset():
     assert dict(imported(model).packed) == {"fc": 4}
     (result,), _ = shadow.evaluate(importer.load(model).module, {"x": x})
     close(result, x @ weight)
+
+
+def test_a_weight_that_is_read_elsewhere_too_has_its_real_values_there():
+    given, attrs, weight = quantized("int4", (11, 37), "block1", zero=True)
+    nodes = [
+        helper.make_node("DequantizeLinear", list(given), ["d"], **attrs),
+        helper.make_node("Gemm", ["x", "d"], ["y"], name="fc", transB=1),
+        helper.make_node("Gemm", ["y", "d"], ["u"], name="back"),
+        helper.make_node("Neg", ["d"], ["n"]),
+    ]
+    x = data(5, 37)
+    model = model_of(nodes, x, given)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ("u", "n", "d"))
+    packing = imported(model)
+    assert dict(packing.packed) == {"fc": 4}
+    assert [entry.layer for entry in packing.skipped] == ["back"]
+    results = runtime.load(hone.compile(importer.load(model))).run({"x": x})
+    y = x @ weight.T
+    for name, expected in {"y": y, "u": y @ weight, "n": -weight, "d": weight}.items():
+        close(results[name], expected)
+
+
+def test_matmul_n_bits_of_halves_becomes_a_float_weight():
+    model, x, expected = n_bits(33, 7)
+    (scales,) = (t for t in model.graph.initializer if t.name == "s")
+    scales.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scales).astype(np.float16), "s"))
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    x = x.astype(np.float16)
+    (given,), _ = shadow.evaluate(importer.load(model).module, {"x": x})
+    assert given.dtype == np.float16
+    assert np.abs(given - expected).max() <= 5e-3 * np.abs(expected).max()
+    assert not imported(model).packed
+
+
+def test_what_became_of_the_weights_is_logged():
+    stream = io.StringIO()
+    given, attrs, _ = quantized("uint4", (37, 11), "block0", zero=True)
+    nodes = [
+        helper.make_node("DequantizeLinear", list(given), ["d"], **attrs),
+        helper.make_node("MatMul", ["x", "d"], ["y"], name="fc"),
+    ]
+    hone.compile(importer.load(model_of(nodes, data(3, 37), given)), progress=console(stream))
+    lines = stream.getvalue()
+    assert "weights: 1 layer reads the model's own levels, packed in 4 bits" in lines
+    assert "stays in float" not in lines
