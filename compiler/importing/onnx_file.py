@@ -15,6 +15,10 @@ from hone.errors import ModelError
 OLDEST_OPSET: Final = 9
 """Opset 9 is ONNX 1.4 of January 2019; older ones differ in too many operators."""
 
+NEWEST_IR: Final = 13
+"""That onnxruntime 1.31 opens. 14 adds types that hone refuses (6-bit floats, opaque ones), and
+nothing to a model without them, which is therefore one of 13 as well."""
+
 _MAGIC: Final = (
     (0, b"PK\x03\x04", "a zip archive (PyTorch's .pt, a Keras file or a hone package)"),
     (0, b"\x89HDF", "an HDF5 file (Keras)"),
@@ -34,7 +38,7 @@ class OnnxFile:
     Parameters
     ----------
     proto : onnx.ModelProto
-        With all tensors inside it.
+        With all tensors inside it; its IR version is at most `NEWEST_IR`.
     path : str or None
         As given; None for a proto.
     sha256 : str
@@ -81,6 +85,7 @@ def read(model: str | Path | onnx.ModelProto) -> OnnxFile:
         proto = _parse(data, where)
         _load_external(proto, path, digest)
     _check_text(proto, where)
+    proto.ir_version = min(proto.ir_version, NEWEST_IR)
     return OnnxFile(
         proto=proto, path=where, sha256=digest.hexdigest(), opset=_check_opset(proto, where)
     )

@@ -17,6 +17,7 @@ import hone
 from hone import importer, models, shadow
 from hone.errors import ModelError, UsageError
 from hone.importing.layer_names import binding_names, layer_binding, node_ids, part, unique
+from hone.reference import reference
 from hone.signature import TensorSpec
 
 F32 = TensorProto.FLOAT
@@ -304,6 +305,16 @@ def test_nodes_that_no_output_needs_are_dropped():
 def test_every_opset_imports(opset):
     model = importer.load(conv_model(opset=opset))
     assert model.origin.opset == opset
+
+
+def test_file_of_the_newest_onnx_is_one_that_onnxruntime_opens():
+    proto = conv_model()
+    proto.ir_version = onnx.IR_VERSION
+    model = importer.load(proto)
+    assert proto.ir_version == onnx.IR_VERSION
+    x = np.ones((1, 3, 5, 7), np.float32)
+    (expected,) = reference(model).run({"x": x}).values()
+    np.testing.assert_allclose(run(model, x=x)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("opset", [9, 11])
