@@ -23,6 +23,7 @@ from .graph import Graph, Node, Problem, attributes, dtype_name
 from .inference import InferenceError, evaluate, first_line, infer, macs, opset_imports
 from .inputs import resolve_inputs
 from .layer_names import node_ids
+from .nan_weights import nan_weights
 from .onnx_file import OnnxFile
 from .operators import DTYPES, NARROW, SUPPORTED, NodeView, refusal
 
@@ -335,6 +336,7 @@ class _Reader:
                 self._problem(name, "output", "no node computes it")
         if not self.proto.output:
             self._problem(self.proto.name, "output", "the graph has no outputs")
+        self.problems += nan_weights(self.weights, self.constants)
         read = {i for n in self.nodes for i in n.proto.input} | {o.name for o in self.proto.output}
         return Graph(
             inputs=tuple(self.inputs),

@@ -317,6 +317,17 @@ def test_file_of_the_newest_onnx_is_one_that_onnxruntime_opens():
     np.testing.assert_allclose(run(model, x=x)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_weights_that_are_nan_are_a_problem():
+    proto = conv_model()
+    values = numpy_helper.to_array(proto.graph.initializer[0]).copy()
+    values.flat[[3, 5]] = np.nan
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(values, "w"))
+    assert str(failure(proto)) == (
+        "the model has 1 problem\n  - initializer 'w': 2 of 108 weights are NaN (export the model "
+        "again from weights that are finite)"
+    )
+
+
 @pytest.mark.parametrize("opset", [9, 11])
 def test_clip_is_relu_and_minimum_when_its_bounds_are_constant(opset):
     if opset < 11:
