@@ -345,10 +345,11 @@ def _compact(goal: str) -> bool:
 def _report_quantization(
     found: Quantization, packing: WeightPacking, *, progress: Progress
 ) -> None:
-    progress.log(
-        f"int8: the model is quantized: {len(found.quantized)} kernels in int8, "
-        f"{len(found.conversions)} conversions"
-    )
+    if found.quantized or found.conversions or not packing.packed:
+        progress.log(
+            f"int8: the model is quantized: {len(found.quantized)} kernels in int8, "
+            f"{len(found.conversions)} conversions"
+        )
     for layer, reason in found.skipped:
         if layer not in packing.packed:
             progress.log(f"int8: {layer} stays in float: {reason}")
