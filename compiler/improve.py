@@ -25,7 +25,7 @@ from .activations import activation_bytes
 from .data import Dataset
 from .data import load as load_data
 from .database import Database
-from .errors import OutOfTimeError, UsageError
+from .errors import OutOfTimeError, ToolchainError, UsageError
 from .evaluate import Quality, evaluate
 from .measure import Contender, InProcess, Measurement, Outcome, Rounds, Speedup, measure
 from .model import Model
@@ -463,10 +463,13 @@ class _Build:
         with ExitStack() as stack:
             running = []
             for name in self.recipe.measure.baselines:
-                peer = stack.enter_context(
-                    Peer(name, self.model.source, inputs, threads=self.threads)
-                )
-                contenders[name] = peer
+                try:
+                    peer = Peer(name, self.model.source, inputs, threads=self.threads)
+                except ToolchainError as error:
+                    # What was compressed and measured so far is worth more than the comparison.
+                    self.notes.append(f"not compared with {name}: {error.message}")
+                    continue
+                contenders[name] = stack.enter_context(peer)
                 running.append(peer.info)
             with self.progress.task("measure all together", total=self.rounds.rounds) as task:
                 measured = measure(contenders, self.rounds, on_round=task.update)
