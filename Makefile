@@ -21,7 +21,7 @@ demo-size: $(READY)
 	$(BIN)/hone build models/digits/size.toml
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
