@@ -137,7 +137,7 @@ REJECTED: list[tuple[Body, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "message"), REJECTED, ids=lambda value: value[:40] if isinstance(value, str) else "")
+@pytest.mark.parametrize(("body", "message"), REJECTED, ids=[text[:40] for _, text in REJECTED])
 def test_rebatch_raises_with_the_layer_when_samples_would_mix(body: Body, message: str) -> None:
     with pytest.raises(ModelError) as error:
         Rebatch(3)(module((1, 5), body))
