@@ -1,6 +1,7 @@
 """Tune reference networks for a while, then compare them with their peers in one interleaved run.
 
-``python benchmarks/tuned.py [--only NAME] [--seconds N] [--threads N] [--database DIR] [--json]``.
+``python benchmarks/tuned.py [--only NAME] [--precision P] [--batch N] [--seconds N] [--threads N]
+[--database DIR] [--json]``. Precisions and peers as in `peers.py`.
 Prints one row of `RESULTS.md` for each network: hone before and after tuning and every peer that is
 installed, all in one interleaved run. Nothing else may run on the machine meanwhile.
 Records are kept in the database: a second call goes on where the first one ended.
@@ -16,31 +17,48 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import hone
-from hone import driver, models
+from networks import NAMES, PEERS, PRECISIONS, write
+
+from hone import driver
 from hone.bench import bench
+from hone.importer import load
 from hone.measure import Rounds
 from hone.progress import console
+from hone.quantized import Wanted
 from hone.tune import TuneResult
 
-PEERS = ("onnxruntime", "openvino")
 NETWORKS = ("resnet18", "resnet50", "mobilenetv2", "bert-mini")
 TUNED = "tuned.hone"
+UNTUNED = "untuned.hone"
 
 
 def measure(
-    name: str, folder: Path, *, seconds: float, threads: int, rounds: int, database: Path
+    name: str,
+    folder: Path,
+    *,
+    precision: str,
+    batch: int,
+    seconds: float,
+    threads: int,
+    rounds: int,
+    database: Path,
 ) -> dict[str, Any]:
     """Tune one network and compare it; return the figures as JSON data."""
-    path = folder / f"{name}.onnx"
-    path.write_bytes(models.build(name).SerializeToString())
-    model = hone.load(path)
+    model = load(write(name, folder, precision=precision, batch=batch))
     found = driver.tune(
-        model, threads=threads, budget_s=seconds, database=database, progress=console()
+        model,
+        threads=threads,
+        budget_s=seconds,
+        database=database,
+        wanted=Wanted(precision=precision),
+        progress=console(),
     )
-    driver.compile(model, threads=threads, database=database).save(folder / TUNED)
+    for package, records in ((TUNED, database), (UNTUNED, None)):
+        driver.compile(model, threads=threads, precision=precision, database=records).save(
+            folder / package
+        )
     result = bench(
-        [folder / TUNED, path],
+        [folder / TUNED, folder / UNTUNED],
         vs=[peer for peer in PEERS if find_spec(peer)],
         threads=threads,
         rounds=Rounds(rounds=rounds),
@@ -49,10 +67,12 @@ def measure(
     latency = {key: entry.latency.median_ms for key, entry in rows.items()}
     return {
         "network": name,
+        "precision": precision,
+        "batch": batch,
         "seconds": seconds,
         "threads": threads,
         "latency_ms": latency,
-        "over_untuned": latency[path.name] / latency[TUNED],
+        "over_untuned": latency[UNTUNED] / latency[TUNED],
         "ratio": {
             key: {"ratio": speedup.ratio, "ci95": speedup.ci95}
             for key, speedup in rows[TUNED].ratio.items()
@@ -82,9 +102,9 @@ def row(figures: dict[str, Any]) -> str:
     latency = figures["latency_ms"]
     ratios = {key: f"{value['ratio']:.2f}" for key, value in figures["ratio"].items()}
     cells = [
-        figures["network"],
+        f"{figures['network']} {figures['precision']}",
         f"{latency[TUNED]:.3g}",
-        f"{latency[figures['network'] + '.onnx']:.3g}",
+        f"{latency[UNTUNED]:.3g}",
         *(f"{latency[peer]:.3g}" if peer in latency else "-" for peer in PEERS),
         f"{figures['over_untuned']:.2f}",
         *(ratios.get(peer, "-") for peer in PEERS),
@@ -101,7 +121,9 @@ HEAD = (
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--only", choices=models.names(), action="append", help="repeatable")
+    parser.add_argument("--only", choices=NAMES, action="append", help="repeatable")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=600.0, help="tuning of each network")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
@@ -116,6 +138,8 @@ def main() -> int:
             figures = measure(
                 name,
                 Path(folder),
+                precision=arguments.precision,
+                batch=arguments.batch,
                 seconds=arguments.seconds,
                 threads=arguments.threads,
                 rounds=arguments.rounds,
