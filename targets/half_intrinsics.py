@@ -26,11 +26,13 @@ _FORMS = {
 }
 
 
-def _pair_name(dot: HalfDot) -> str:
+def pair_name(dot: HalfDot) -> str:
+    """Return the operator that `pair_product` calls."""
     return f"tirx.hone_{dot}"
 
 
-def _add_name(dot: HalfDot) -> str:
+def add_name(dot: HalfDot) -> str:
+    """Return the operator that `pair_sum` calls."""
     return f"tirx.hone_{dot}_add"
 
 
@@ -41,13 +43,13 @@ def round_bits(value: tirx.Expr) -> tirx.Expr:
 
 def pair_product(dot: HalfDot, left: tirx.Expr, right: tirx.Expr) -> tirx.Expr:
     """Return ``left[0] × right[0] + left[1] × right[1]`` of two pairs, each an int32 word."""
-    return tirx.call_intrin("float32", _pair_name(dot), left, right)
+    return tirx.call_intrin("float32", pair_name(dot), left, right)
 
 
 def pair_sum(dot: HalfDot) -> te.CommReducer:
     """Return the reduction that adds what `pair_product` returns, in one instruction."""
     return te.comm_reducer(
-        lambda total, pair: tirx.call_intrin("float32", _add_name(dot), total, pair),
+        lambda total, pair: tirx.call_intrin("float32", add_name(dot), total, pair),
         lambda dtype: tirx.const(0, dtype),
         name="pair_sum",
     )
@@ -97,12 +99,12 @@ def _register() -> None:
 
         def add(call: tvm.ir.Call, dot: HalfDot = dot) -> tirx.Expr:
             total, pair = call.args
-            if isinstance(pair, tvm.ir.Call) and pair.op.same_as(tvm.ir.Op.get(_pair_name(dot))):
+            if isinstance(pair, tvm.ir.Call) and pair.op.same_as(tvm.ir.Op.get(pair_name(dot))):
                 return _call_dot(dot, _lanes(call), total, pair)
             return total + pair
 
-        _register_operator(_pair_name(dot), product)
-        _register_operator(_add_name(dot), add)
+        _register_operator(pair_name(dot), product)
+        _register_operator(add_name(dot), add)
 
 
 _register()
@@ -171,7 +173,7 @@ def definitions(calls: Iterable[tvm.ir.Call]) -> str:
     """
     parts: dict[str, None] = {}
     rounding = tvm.ir.Op.get(_ROUND)
-    dots = {dot: [tvm.ir.Op.get(n) for n in (_pair_name(dot), _add_name(dot))] for dot in HalfDot}
+    dots = {dot: [tvm.ir.Op.get(n) for n in (pair_name(dot), add_name(dot))] for dot in HalfDot}
     for call in calls:
         if call.op.same_as(rounding):
             parts[_define_round(_lanes(call))] = None
