@@ -191,6 +191,13 @@ def _pairwise(operator: Any) -> Converter:
     return convert
 
 
+def _thresholded_relu(call: Call) -> Any:
+    """``x`` above alpha, else 0, also for infinities and NaN."""
+    x, dtype = call.inputs[0], call.dtype()
+    above = op.greater(x, const(call.attributes.get("alpha", 1.0), dtype))
+    return op.where(call.bb.normalize(above), x, const(0, dtype))
+
+
 def _hard_sigmoid(call: Call) -> Any:
     """``min(max(alpha x + beta, 0), 1)``."""
     alpha, beta = call.attributes.get("alpha", 0.2), call.attributes.get("beta", 0.5)
@@ -338,6 +345,7 @@ CONVERTERS: Final[Mapping[str, Converter]] = {
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _reshape,
+    "ThresholdedRelu": _thresholded_relu,
     "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _reshape,

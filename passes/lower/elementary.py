@@ -2,9 +2,10 @@
 
 Rewrites ``relax.exp``, ``relax.erf``, ``relax.tanh``, ``relax.sigmoid``, ``relax.nn.silu`` and
 ``relax.nn.gelu`` in float32; LLVM would call the C library once for each element. Writes
-``relax.nn.relu``, ``relax.clip`` and extrema with constants so that a NaN stays one, as in
-onnxruntime. Runs at legalization. Numerics: relative error of exp at most 3e-7, absolute error of
-erf and tanh at most 5e-7 (tested over the whole range against float64).
+``relax.nn.relu``, ``relax.clip``, ``relax.sign`` and extrema with constants so that a NaN stays
+one, as in onnxruntime. Runs at legalization. Numerics: relative error of exp at most 3e-7, absolute
+error of erf and tanh at most 5e-7 (tested over the whole range against float64); a NaN stays one
+everywhere, and infinities give the limits.
 """
 
 from __future__ import annotations
@@ -30,29 +31,85 @@ _EXP = (
     1.6666665459e-1,
     5.0000001201e-1,
 )
-# Beyond these the float32 result would be denormal or infinite.
-_LEAST, _MOST = -87.33654, 88.72283
+# Where the product of the two halves of the power has become 0 or infinite.
+_LEAST, _MOST = -104.0, 88.9
+
+# x P(x^2) / Q(x^2), the highest power first: Eigen's minimax fits for float32. At their bounds
+# both give 1 exactly, with and without fused multiply-adds; without a bound they grow again.
+_ERF = (
+    (
+        -2.72614225801306e-10,
+        2.77068142495902e-08,
+        -2.10102402082508e-06,
+        -5.69250639462346e-05,
+        -7.34990630326855e-04,
+        -2.95459980854025e-03,
+        -1.60960333262415e-02,
+    ),
+    (
+        -1.45660718464996e-05,
+        -2.13374055278905e-04,
+        -1.68282697438203e-03,
+        -7.37332916720468e-03,
+        -1.42647390514189e-02,
+    ),
+)
+_ERF_BOUND = 4.0
+_TANH = (
+    (
+        -2.76076847742355e-16,
+        2.00018790482477e-13,
+        -8.60467152213735e-11,
+        5.12229709037114e-08,
+        1.48572235717979e-05,
+        6.37261928875436e-04,
+        4.89352455891786e-03,
+    ),
+    (
+        1.19825839466702e-06,
+        1.18534705686654e-04,
+        2.26843463243900e-03,
+        4.89352518554385e-03,
+    ),
+)
+_TANH_BOUND = 9.0
+
+
+def _const(value: float) -> tirx.Expr:
+    return tirx.const(value, "float32")
+
+
+def _within(least: float, most: float, x: tirx.Expr) -> tirx.Expr:
+    # A comparison with NaN is false, and the second of two values is taken then.
+    return tirx.max(_const(least), tirx.min(_const(most), x))
+
+
+def _horner(coefficients: tuple[float, ...], x: tirx.Expr) -> tirx.Expr:
+    total = _const(coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = total * x + _const(coefficient)
+    return total
+
+
+def _odd_ratio(
+    fit: tuple[tuple[float, ...], tuple[float, ...]], bound: float, x: tirx.Expr
+) -> tirx.Expr:
+    clipped = _within(-bound, bound, x)
+    square = clipped * clipped
+    return clipped * _horner(fit[0], square) / _horner(fit[1], square)
 
 
 def exp(x: tirx.Expr) -> tirx.Expr:
     """Return ``e ** x`` in float32 without a call.
 
-    Results below the smallest normal number come out as that number, results above the largest
-    as 3.4028e38.
+    Results below the smallest normal number are zeros where the processor flushes denormals, as in
+    packages. ``e ** -inf`` is 0, and beyond 88.72 the result is infinite.
     """
-
-    def const(value: float) -> tirx.Expr:
-        return tirx.const(value, "float32")
-
-    # A comparison with NaN is false, and the second of two values is taken then.
-    clipped = tirx.max(const(_LEAST), tirx.min(const(_MOST), x))
-    n = tirx.floor(clipped * const(_LOG2E) + const(0.5))
-    r = clipped - n * const(_LN2_HIGH) - n * const(_LN2_LOW)
-    polynomial = const(_EXP[0])
-    for coefficient in _EXP[1:]:
-        polynomial = polynomial * r + const(coefficient)
-    series = polynomial * (r * r) + r + const(1.0)
-    # 2**n is put together in two halves, because n may be 128.
+    clipped = _within(_LEAST, _MOST, x)
+    n = tirx.floor(clipped * _const(_LOG2E) + _const(0.5))
+    r = clipped - n * _const(_LN2_HIGH) - n * _const(_LN2_LOW)
+    series = _horner(_EXP, r) * (r * r) + r + _const(1.0)
+    # 2**n is put together in two halves, because n is between -150 and 128.
     whole = n.astype("int32")
     half = whole >> 1
 
@@ -64,18 +121,27 @@ def exp(x: tirx.Expr) -> tirx.Expr:
 
 def sigmoid(x: tirx.Expr) -> tirx.Expr:
     """Return ``1 / (1 + e ** -x)``."""
-    one = tirx.const(1.0, "float32")
-    return one / (one + exp(-x))
+    return _const(1.0) / (_const(1.0) + exp(-x))
 
 
-def _gelu(x: te.Tensor) -> te.Tensor:
+def erf(x: tirx.Expr) -> tirx.Expr:
+    """Return the error function in float32 without a call; 1 and -1 beyond 4."""
+    return _odd_ratio(_ERF, _ERF_BOUND, x)
+
+
+def tanh(x: tirx.Expr) -> tirx.Expr:
+    """Return the hyperbolic tangent in float32 without a call; 1 and -1 beyond 9."""
+    return _odd_ratio(_TANH, _TANH_BOUND, x)
+
+
+def gelu(x: tirx.Expr) -> tirx.Expr:
     """Return ``x (1 + erf(x / sqrt 2)) / 2`` (Hendrycks and Gimpel 2016)."""
-    scaled = te.compute(
-        x.shape, lambda *i: x[i] * tirx.const(math.sqrt(0.5), "float32"), name="gelu_scaled"
-    )
-    error = topi.fast_erf(scaled)
-    half = tirx.const(0.5, "float32")
-    return te.compute(x.shape, lambda *i: half * x[i] * (error[i] + 1.0), name="gelu")
+    return _const(0.5) * x * (erf(x * _const(math.sqrt(0.5))) + _const(1.0))
+
+
+def sign(x: tirx.Expr) -> tirx.Expr:
+    """Return 1, -1, or ``x`` where that is a zero or NaN."""
+    return tirx.Select(x > 0, _const(1.0), tirx.Select(x < 0, _const(-1.0), x))
 
 
 def _elementwise(name: str, function: Callable[[tirx.Expr], tirx.Expr]) -> Callable[..., te.Tensor]:
@@ -143,8 +209,9 @@ ELEMENTARY_RULES: dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Exp
     "relax.exp": partial(_legalize, _elementwise("exp", exp), "exp"),
     "relax.sigmoid": partial(_legalize, _elementwise("sigmoid", sigmoid), "sigmoid"),
     "relax.nn.silu": partial(_legalize, _elementwise("silu", lambda x: x * sigmoid(x)), "silu"),
-    "relax.erf": partial(_legalize, topi.fast_erf, "erf"),
-    "relax.tanh": partial(_legalize, topi.fast_tanh, "tanh"),
-    "relax.nn.gelu": partial(_legalize, _gelu, "gelu"),
+    "relax.erf": partial(_legalize, _elementwise("erf", erf), "erf"),
+    "relax.tanh": partial(_legalize, _elementwise("tanh", tanh), "tanh"),
+    "relax.sign": partial(_legalize, _elementwise("sign", sign), "sign"),
+    "relax.nn.gelu": partial(_legalize, _elementwise("gelu", gelu), "gelu"),
 }
 """Operator name → lowering, for ``relax.transform.LegalizeOps``."""
