@@ -15,7 +15,7 @@
 #include <string.h>
 #include <tvm/ffi/c_api.h>
 
-enum { kMaxDims = 16, kMaxInputs = 64, kAlignment = 64 };
+enum { kMaxDims = 16, kMaxInputs = 256, kAlignment = 64 };
 
 static void Fail(const char* format, ...) {
   va_list arguments;
