@@ -10,6 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from .target import Target
+from .tile_product import TileProduct, has_product
 
 PAIR = 2
 """Channels that share one float32 lane."""
@@ -30,8 +31,15 @@ class HalfDot(StrEnum):
 
     VDPBF16PS = "vdpbf16ps"
     """AVX512-BF16: 32 products in a 512-bit vector. Denormals count as zero."""
+    TDPBF16PS = "tdpbf16ps"
+    """AMX: tiles of 16 x 16 sums; layers too small for it take `VDPBF16PS`."""
     BFDOT = "bfdot"
     """ARM bf16: 8 products in a 128-bit vector."""
+
+    @property
+    def vector(self) -> HalfDot:
+        """The instruction on vectors: this one, or what stands beside tiles."""
+        return HalfDot.VDPBF16PS if self is HalfDot.TDPBF16PS else self
 
 
 def half_dot_of(target: Target, dtype: str = BFLOAT16) -> HalfDot | None:
@@ -52,4 +60,8 @@ def half_dot_of(target: Target, dtype: str = BFLOAT16) -> HalfDot | None:
     features = set(target.features)
     if target.arch == "aarch64":
         return HalfDot.BFDOT if "bf16" in features else None
-    return HalfDot.VDPBF16PS if {"avx512bf16", "avx512vl"} <= features else None
+    if not {"avx512bf16", "avx512vl"} <= features:
+        # Every processor with AMX has them; tiles without are not worth a case of their own.
+        return None
+    tiles = has_product(target, TileProduct.TDPBF16PS)
+    return HalfDot.TDPBF16PS if tiles else HalfDot.VDPBF16PS

@@ -91,7 +91,7 @@ def _register_operator(name: str, lower: object) -> None:
 
 def _register() -> None:
     _register_operator(_ROUND, _lower_round)
-    for dot in HalfDot:
+    for dot in _FORMS:
 
         def product(call: tvm.ir.Call, dot: HalfDot = dot) -> tvm.ir.Call:
             lanes = _lanes(call)
@@ -173,7 +173,7 @@ def definitions(calls: Iterable[tvm.ir.Call]) -> str:
     """
     parts: dict[str, None] = {}
     rounding = tvm.ir.Op.get(_ROUND)
-    dots = {dot: [tvm.ir.Op.get(n) for n in (pair_name(dot), add_name(dot))] for dot in HalfDot}
+    dots = {dot: [tvm.ir.Op.get(n) for n in (pair_name(dot), add_name(dot))] for dot in _FORMS}
     for call in calls:
         if call.op.same_as(rounding):
             parts[_define_round(_lanes(call))] = None

@@ -36,10 +36,14 @@ CONFIGURE = "hone_tiles"
 
 @dataclass(frozen=True, kw_only=True)
 class TileIntrinsics:
-    """Names of the registered intrinsics of a shape."""
+    """Names of the registered intrinsics of a shape.
+
+    ``load_stored`` loads a left operand that another kernel has stored; see `TileForm`.
+    """
 
     clear: str
     load_left: str
+    load_stored: str
     load_right: str
     multiply: str
     store: str
@@ -142,13 +146,18 @@ def _bytes_of(dtype: str) -> int:
 
 
 def _copy(
-    extents: Sequence[int], dtype: str, *, to_tile: bool, body: Callable[[_Operand, _Operand], None]
+    extents: Sequence[int],
+    dtype: str,
+    *,
+    to_tile: bool,
+    body: Callable[[_Operand, _Operand], None],
+    stored: str = "",
 ) -> Callable[[bool], None]:
-    """Declare a copy between memory and a tile."""
+    """Declare a copy between memory, which may hold elements of another dtype, and a tile."""
 
     def declare(instructions: bool) -> None:
         scopes = ("global", SCOPE) if to_tile else (SCOPE, "global")
-        source = _operand("source", extents, dtype, scopes[0], instructions)
+        source = _operand("source", extents, stored or dtype, scopes[0], instructions)
         target = _operand("target", extents, dtype, scopes[1], instructions)
         with ib.sblock("root"):
             ib.reads(source.whole)
@@ -161,7 +170,10 @@ def _copy(
                     ib.axis.spatial(extent, loop)
                     for extent, loop in zip(extents, loops, strict=True)
                 ]
-                ib.buffer_store(target.buffer, source.buffer[tuple(axes)], axes)
+                element = source.buffer[tuple(axes)]
+                if stored not in ("", dtype):
+                    element = tirx.reinterpret(dtype, element)
+                ib.buffer_store(target.buffer, element, axes)
 
     return declare
 
@@ -255,6 +267,10 @@ def require(shape: TileShape) -> TileIntrinsics:
         clear=_register(name.format("clear"), _clear(shape)),
         load_left=_register(
             name.format("left"), _copy((rows, depth), form.left, to_tile=True, body=load_left)
+        ),
+        load_stored=_register(
+            name.format(f"stored_{form.stored}"),
+            _copy((rows, depth), form.left, to_tile=True, body=load_left, stored=form.stored),
         ),
         load_right=_register(
             name.format("right"),

@@ -41,6 +41,8 @@ class TileForm:
     ----------
     left, right, sums : str
         dtypes. TVM computes inner stages of bfloat16 in float32: they hold its bits, as uint16.
+    stored : str
+        dtype of a left operand that another kernel has stored, where it is read in place.
     group : int
         Elements of left and right in four bytes.
     feature : str
@@ -48,6 +50,7 @@ class TileForm:
     """
 
     left: str
+    stored: str
     right: str
     sums: str
     group: int
@@ -56,10 +59,20 @@ class TileForm:
 
 FORMS: Mapping[TileProduct, TileForm] = {
     TileProduct.TDPBUSD: TileForm(
-        left="uint8", right="int8", sums="int32", group=4, feature="amx-int8"
+        left="uint8",
+        stored="uint8",
+        right="int8",
+        sums="int32",
+        group=4,
+        feature="amx-int8",
     ),
     TileProduct.TDPBF16PS: TileForm(
-        left="uint16", right="uint16", sums="float32", group=2, feature="amx-bf16"
+        left="uint16",
+        stored="bfloat16",
+        right="uint16",
+        sums="float32",
+        group=2,
+        feature="amx-bf16",
     ),
 }
 

@@ -74,7 +74,7 @@ class Pairs:
     machine : Machine
         Says how to round.
     dot : HalfDot
-        The instruction.
+        The instruction on vectors.
     dtype : str
         The 16-bit float.
     """
@@ -88,7 +88,7 @@ class Pairs:
         """Return the pairs of a type, None where the machine has no instruction for them."""
         if dtype != BFLOAT16 or machine.half_dot is None:
             return None
-        return cls(machine=machine, dot=machine.half_dot, dtype=dtype)
+        return cls(machine=machine, dot=HalfDot(machine.half_dot).vector, dtype=dtype)
 
     def bits(self, value: tirx.Expr) -> tirx.Expr:
         """Return the bits (uint16) of a 16-bit float, a float32 that is rounded, or of bits."""

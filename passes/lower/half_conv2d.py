@@ -4,7 +4,8 @@ Rewrites ``relax.nn.conv2d`` in NHWC/OHWI of 16-bit floats with a float32 result
 weights. A pair of channels is one int32 word, as large as a float32, so that the float template
 schedules it. An image in NCHW (a network's input) is read plane by plane, and two neighbouring taps
 of a row are a pair. Without an instruction for pairs the weights are widened in registers, the data
-once for each task. Runs before fusion. Numerics: products of 16-bit floats, sums in float32.
+once for each task. Layers that are large enough for AMX are left to `half_tiles`. Runs before
+fusion. Numerics: products of 16-bit floats, sums in float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hone.targets.schedule.machine import Machine, choose_tile
 from .anchors import ANCHOR, through_layout_change
 from .conv2d import legalize_conv2d
 from .half import PAIR, Pairs, rounded_source, words
+from .half_tiles import lower_conv2d
 from .window import Window
 from .winograd import Transform, choose_transform, transform_weight, winograd_conv2d
 
@@ -151,10 +153,13 @@ def legalize_half_conv2d(
         return legalize_conv2d(machine, compact, bb, call)
     data, weight = call.args
     values = weight.value.numpy()
-    channels, taps_h, taps_w, depth = values.shape
+    channels, taps_h, taps_w, _ = values.shape
     window = Window.of(data, (taps_h, taps_w), call.attrs)
+    tiles = lower_conv2d(machine, pairs, bb, data, values, window, compact=compact)
+    if tiles is not None:
+        return tiles
     transform = None
-    if not compact and depth % PAIR == 0:
+    if not compact:
         transform = choose_transform(machine, window, channels=channels, dtype=pairs.dtype)
     if transform is not None:
         return _winograd(machine, pairs, bb, data, values, window, transform)

@@ -3,7 +3,8 @@
 Rewrites ``relax.matmul`` of 16-bit floats with a float32 result. A constant right side is packed
 here; one that is computed is packed to words once for each matrix of the batch, inside the kernel.
 Without an instruction for pairs, or with an odd depth, the data is widened before a float product
-and constant weights in registers. Runs before fusion. Numerics: products of 16-bit floats, sums in
+and constant weights in registers. Products with constant weights that are large enough for AMX
+are left to `half_tiles`. Runs before fusion. Numerics: products of 16-bit floats, sums in
 float32.
 """
 
@@ -20,6 +21,7 @@ from hone.targets.schedule.machine import Machine, choose_tile
 from .anchors import ANCHOR, is_constant
 from .dense import SHORT, legalize_matmul
 from .half import PAIR, Pairs, words
+from .half_tiles import lower_dense
 
 
 def pack_dense(weight: np.ndarray, tile: int) -> np.ndarray:
@@ -97,8 +99,12 @@ def batch_matmul(
 
 def legalize_half_matmul(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     """Legalize one product of 16-bit floats. See the module."""
-    left = call.args[0]
+    left, right = call.args
     pairs = Pairs.of(machine, str(left.ty.dtype))
+    if pairs is not None and is_constant(right):
+        tiles = lower_dense(machine, pairs, bb, left, right.value.numpy())
+        if tiles is not None:
+            return tiles
     if pairs is None or int(left.ty.shape[-1]) % PAIR:
         return _widened(machine, bb, call)
     return _paired(machine, pairs, bb, call)

@@ -10,6 +10,7 @@ such runs (1x1 of stride 1, matrices) is read in place. Stages: ``tile_copy``, `
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from tvm import te, tirx
@@ -20,6 +21,13 @@ from hone.targets.tile_intrinsics import tile_term
 from hone.targets.tile_product import FORMS, LANES, TileProduct
 
 from .window import Window
+
+Read = Callable[[tirx.Expr], tirx.Expr]
+"""Makes an element of the left operand of an element of the data."""
+
+
+def _same(value: tirx.Expr) -> tirx.Expr:
+    return value
 
 
 def _rounded(extent: int, step: int) -> int:
@@ -108,7 +116,9 @@ def pack_tiles(weight: np.ndarray, plan: TilePlan) -> np.ndarray:
     return np.ascontiguousarray(split.transpose(0, 3, 4, 1, 5, 2, 6))
 
 
-def copy_rows(data: te.Tensor, window: Window, plan: TilePlan, padding: tirx.Expr) -> te.Tensor:
+def copy_rows(
+    data: te.Tensor, window: Window, plan: TilePlan, padding: tirx.Expr, *, read: Read = _same
+) -> te.Tensor:
     """Return the runs of a window's rows of taps, ``[N, phases, pixels, pitch]``.
 
     Parameters
@@ -120,7 +130,9 @@ def copy_rows(data: te.Tensor, window: Window, plan: TilePlan, padding: tirx.Exp
     plan : TilePlan
         Rounds pixels and runs.
     padding : Expr
-        What stands beyond the image, in the dtype of the data.
+        What stands beyond the image, in the dtype of the left operand.
+    read : callable
+        Rounds data, or takes its bits.
     """
     batch, height, in_width, channels = window.shape
     top, left, _, _ = window.padding
@@ -129,13 +141,13 @@ def copy_rows(data: te.Tensor, window: Window, plan: TilePlan, padding: tirx.Exp
     width = window.output[1]
     run = window.taps[1] * channels
     pixels = _rounded(math.prod(window.output), plan.shape.block_rows) + _halo(window)
-    nothing = tirx.const(0, data.dtype)
+    nothing = tirx.const(0, FORMS[plan.shape.product].left)
 
     def element(n: tirx.Var, phase: tirx.Var, pixel: tirx.Var, at: tirx.Var) -> tirx.Expr:
         y = tirx.indexdiv(pixel, width) * stride_h + phase * _phase_step(window) - top
         first = tirx.indexmod(pixel, width) * stride_w
         tap, channel = tirx.indexdiv(at, channels), tirx.indexmod(at, channels)
-        value = data[n, y, first + tap * spread - left, channel]
+        value = read(data[n, y, first + tap * spread - left, channel])
         # Each bound is marked likely by itself, which is what loop partitioning understands: it
         # leaves a plain copy between the borders.
         if spread == 1:
@@ -154,14 +166,15 @@ def copy_rows(data: te.Tensor, window: Window, plan: TilePlan, padding: tirx.Exp
     return te.compute((batch, _phases(window), pixels, plan.pitch), element, name="tile_copy")
 
 
-def copy_matrix(data: te.Tensor, plan: TilePlan) -> te.Tensor:
+def copy_matrix(data: te.Tensor, plan: TilePlan, *, read: Read = _same) -> te.Tensor:
     """Return ``[M, C]`` as ``[1, 1, M, pitch]`` with zeros in the rounding."""
+    dtype = FORMS[plan.shape.product].left
     rows, depth = (int(extent) for extent in data.shape)
     rounded = _rounded(rows, plan.shape.block_rows)
 
     def element(_n: tirx.Var, _phase: tirx.Var, row: tirx.Var, at: tirx.Var) -> tirx.Expr:
         inside = tirx.all(row < rows, tirx.likely(at < depth))
-        return tirx.if_then_else(inside, data[row, at], tirx.const(0, data.dtype))
+        return tirx.if_then_else(inside, read(data[row, at]), tirx.const(0, dtype))
 
     return te.compute((1, 1, rounded, plan.pitch), element, name="tile_copy")
 
@@ -191,8 +204,11 @@ def sums(
         images, rows = window.shape[0], int(source.shape[2]) - _halo(window)
 
     def read(n: tirx.Var, tap: tirx.Var, pixel: tirx.Var, at: tirx.Var) -> tirx.Expr:
+        if window is None and len(source.shape) == 2:
+            value, dtype = source[pixel, at], FORMS[shape.product].left
+            return value if source.dtype == dtype else tirx.reinterpret(dtype, value)
         if window is None:
-            return source[pixel, at] if len(source.shape) == 2 else source[n, 0, pixel, at]
+            return source[n, 0, pixel, at]
         row = tap * window.dilation[0]
         phase = tirx.indexdiv(tirx.indexmod(row, window.strides[0]), _phase_step(window))
         further = tirx.indexdiv(row, window.strides[0]) * window.output[1]

@@ -8,14 +8,16 @@ here, in float64. Numerics: the transforms amplify rounding, see `ERROR`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm import te, tirx
 
 from hone.targets.half_dot import BFLOAT16
-from hone.targets.schedule.machine import Machine, choose_winograd
+from hone.targets.schedule.machine import Machine, choose_winograd, winograd_cycles
 
 from .half import PAIR, Pairs, widen
 from .window import Window
@@ -90,22 +92,35 @@ def choose_transform(
     without it, by 0.83% with it, and by 1.22% with F(4x4) in the larger images, which is 1.09 times
     as fast (docs/performance.md).
     """
+    layer = _layer(machine, window, channels=channels, dtype=dtype)
+    return None if layer is None else {2: F2, 4: F4}.get(choose_winograd(machine, **layer))
+
+
+def winograd_cycles_of(machine: Machine, window: Window, *, channels: int, dtype: str) -> float:
+    """Return the modelled cycles, of all threads, of the best transform; infinite without one."""
+    layer = _layer(machine, window, channels=channels, dtype=dtype)
+    if layer is None:
+        return math.inf
+    return min(cycles for m, cycles in winograd_cycles(machine, **layer).items() if m)
+
+
+def _layer(machine: Machine, window: Window, *, channels: int, dtype: str) -> dict[str, Any] | None:
+    """Return a convolution as the model takes it, None where no transform applies."""
     plain = window.taps == (3, 3) and window.strides == window.dilation == (1, 1)
-    if not plain:
-        return None
     batch, _, _, depth = window.shape
+    group = 1 if Pairs.of(machine, dtype) is None else PAIR
+    if not plain or depth % group:
+        return None
     height, width = window.output
-    m = choose_winograd(
-        machine,
-        batch=batch,
-        height=height,
-        width=width,
-        channels=channels,
-        depth=depth,
-        group=1 if Pairs.of(machine, dtype) is None else PAIR,
-        tiles=(F2.tile,) if dtype == BFLOAT16 else (F2.tile, F4.tile),
-    )
-    return {2: F2, 4: F4}.get(m)
+    return {
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "depth": depth,
+        "group": group,
+        "tiles": (F2.tile,) if dtype == BFLOAT16 else (F2.tile, F4.tile),
+    }
 
 
 def transform_weight(weight: np.ndarray, transform: Transform, tile: int) -> np.ndarray:

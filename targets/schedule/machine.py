@@ -138,6 +138,15 @@ class Tile:
     vectors: int
 
 
+def most_sums(machine: Machine, vectors: int) -> int:
+    """Return how many sums fit the registers beside a step's weights and one broadcast input.
+
+    Of 32 registers 28 may hold sums, but 7 x 4 of them with 4 weight vectors and the input need 33:
+    two sums then go through memory in every step.
+    """
+    return min(machine.accumulators, machine.accumulators + RESERVED_REGISTERS - vectors - 1)
+
+
 def divisors(number: int) -> tuple[int, ...]:
     """Return the divisors of a positive number in ascending order."""
     return tuple(d for d in range(1, number + 1) if number % d == 0)
@@ -203,11 +212,20 @@ def pick_tile(
     return machine.pick(point, dict(zip(names, tiles, strict=True)))
 
 
-@cache
-def ranked_tiles(
-    machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int
-) -> tuple[Tile, ...]:
+def ranked_tiles(machine: Machine, **shape: int) -> tuple[Tile, ...]:
     """Return the best register tile of each number of vectors, best first; see `choose_tile`."""
+    return tuple(tile for _, tile in _ranked_tiles(machine, **shape))
+
+
+def least_cycles(machine: Machine, **shape: int) -> float:
+    """Return the modelled cycles, on one core, of the tile that `choose_tile` finds best."""
+    return _ranked_tiles(machine.plain, **shape)[0][0]
+
+
+@cache
+def _ranked_tiles(
+    machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int
+) -> tuple[tuple[float, Tile], ...]:
     ranked: list[tuple[float, int, Tile]] = []
     for vectors in range(1, 9):
         tiles = -(-channels // (machine.lanes * vectors))
@@ -224,7 +242,7 @@ def ranked_tiles(
             for rows in divisors(height):
                 tile = Tile(rows=rows, columns=columns, vectors=vectors)
                 sums = rows * columns * vectors
-                if sums > machine.accumulators or (rows > 1 and across > 1):
+                if sums > most_sums(machine, vectors) or (rows > 1 and across > 1):
                     continue
                 cycles = _cycles(machine, tile, weight_vectors_from_l2=from_l2)
                 steps = tiles * (height // rows) * across
@@ -236,7 +254,8 @@ def ranked_tiles(
         if best is not None:
             ranked.append((*best, chosen))
     ranked.sort(key=lambda row: row[:2])
-    return tuple(tile for *_, tile in ranked) or (Tile(rows=1, columns=1, vectors=1),)
+    found = tuple((cost, tile) for cost, _, tile in ranked)
+    return found or ((math.inf, Tile(rows=1, columns=1, vectors=1)),)
 
 
 def choose_pixels(
@@ -262,7 +281,7 @@ def _ranked_pixels(
     for columns in divisors(width):
         for rows in divisors(height):
             sums = rows * columns * vectors
-            if sums > machine.accumulators or (rows > 1 and columns < width):
+            if sums > most_sums(machine, vectors) or (rows > 1 and columns < width):
                 continue
             tile = Tile(rows=rows, columns=columns, vectors=vectors)
             cycles = _cycles(machine, tile, weight_vectors_from_l2=False)
@@ -380,7 +399,7 @@ def prefetch_distance(machine: Machine, *, rows: int, weight_bytes: int) -> int:
 LARGE_TILE_GAIN = 1.1
 
 
-def choose_winograd(
+def winograd_cycles(
     machine: Machine,
     *,
     batch: int,
@@ -390,8 +409,8 @@ def choose_winograd(
     depth: int,
     group: int = 1,
     tiles: tuple[int, ...] = (2, 4),
-) -> int:
-    """Choose the output tile of a 3x3 convolution of stride 1 with the least modelled cycles.
+) -> dict[int, float]:
+    """Return the modelled cycles of a 3x3 convolution of stride 1, all threads at work.
 
     Direct, each output pixel takes nine products for each pair of channels; with a tile of
     ``m x m`` it is ``(m + 2)^2 / m^2``, plus the transforms of each vector of input and output
@@ -412,8 +431,8 @@ def choose_winograd(
 
     Returns
     -------
-    int
-        m, or 0 for the direct convolution.
+    dict of int to float
+        By m, with 0 for the direct convolution.
     """
     per_cycle = machine.lanes * FMA_PER_CYCLE * machine.threads
     rounded, steps = -(-channels // machine.lanes) * machine.lanes, -(-depth // group)
@@ -432,6 +451,37 @@ def choose_winograd(
         )
         if m > min(tiles):
             costs[m] *= LARGE_TILE_GAIN
+    return costs
+
+
+def choose_winograd(
+    machine: Machine,
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    depth: int,
+    group: int = 1,
+    tiles: tuple[int, ...] = (2, 4),
+) -> int:
+    """Choose the output tile of a 3x3 convolution with the least `winograd_cycles`.
+
+    Returns
+    -------
+    int
+        m, or 0 for the direct convolution.
+    """
+    costs = winograd_cycles(
+        machine,
+        batch=batch,
+        height=height,
+        width=width,
+        channels=channels,
+        depth=depth,
+        group=group,
+        tiles=tiles,
+    )
     point = f"winograd {batch}x{height}x{width}x{depth} to {channels}"
     ranked = sorted(costs, key=lambda m: costs[m])
     return machine.pick(point, {f"{m}x{m}" if m else "direct": m for m in ranked})

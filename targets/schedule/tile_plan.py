@@ -11,9 +11,11 @@ chapter on AMX: a product issues every 16 cycles, a tile load takes 8, a store 1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from hone.targets.half_dot import HalfDot
 from hone.targets.integer_dot import IntegerDot
 from hone.targets.tile_product import (
     FORMS,
@@ -23,6 +25,8 @@ from hone.targets.tile_product import (
     TileProduct,
     TileShape,
 )
+
+from .machine import Machine
 
 PRODUCT_CYCLES = 16
 L1_LOAD_CYCLES, L2_LOAD_CYCLES = 8, 21
@@ -44,8 +48,9 @@ LEAST = 2
 _BLOCKS = ((2, 2), (3, 1), (1, 3), (2, 1), (1, 2), (1, 1))
 # Vector instructions that a group of one pixel and one vector of channels costs, and how many
 # issue in a cycle: counted on the generated code (docs/performance.md).
-_VECTOR_CYCLES = {
+_VECTOR_CYCLES: Mapping[IntegerDot | HalfDot | None, float] = {
     IntegerDot.VPDPBUSD: 0.5,
+    HalfDot.VDPBF16PS: 0.5,
     IntegerDot.VPMADDWD: 1.4,
     None: 3.0,
 }
@@ -120,7 +125,8 @@ class TileWork:
     @property
     def name(self) -> str:
         """Return where tuning finds the choice between this layer's plans."""
-        return f"tiles {self.images}x{self.pixels}x{self.taps}x{self.run} to {self.filters}"
+        extents = f"{self.images}x{self.pixels}x{self.taps}x{self.run}"
+        return f"{self.product} {extents} to {self.filters}"
 
 
 def _rounded(extent: int, step: int) -> int:
@@ -219,17 +225,17 @@ def ranked_plans(work: TileWork, l1_bytes: int) -> tuple[TilePlan, ...]:
     return tuple(sorted(plans, key=lambda plan: plan.cycles))
 
 
-def vector_cycles(work: TileWork, dot: IntegerDot | None, lanes: int) -> float:
+def vector_cycles(work: TileWork, dot: IntegerDot | HalfDot | None, lanes: int) -> float:
     """Return the modelled cycles of the same layer in vectors, without padding and epilogue.
 
     Parameters
     ----------
     work : TileWork
-        The layer; integer.
-    dot : IntegerDot or None
+        The layer.
+    dot : IntegerDot, HalfDot or None
         The vector instruction.
     lanes : int
-        int32 elements of a vector.
+        Sums of a vector.
     """
     groups = work.taps * -(-work.run // FORMS[work.product].group)
     vectors = -(-work.filters // lanes)
@@ -239,3 +245,24 @@ def vector_cycles(work: TileWork, dot: IntegerDot | None, lanes: int) -> float:
 def tiles_pay(plan: TilePlan, vectors: float) -> bool:
     """Say whether a plan is worth more than the vector form that takes so many cycles."""
     return plan.cycles * TILE_GAIN < vectors
+
+
+def choose_plan(machine: Machine, work: TileWork, vectors: float) -> TilePlan | None:
+    """Return the tiles of a layer, or None where vectors are modelled faster.
+
+    Parameters
+    ----------
+    machine : Machine
+        Has the instruction of the product.
+    work : TileWork
+        The layer.
+    vectors : float
+        Modelled cycles, on one core, of the best form in vectors.
+    """
+    plans = ranked_plans(work, machine.l1_bytes)
+    options: dict[str, TilePlan | None] = {plan.name: plan for plan in plans}
+    if tiles_pay(plans[0], vectors):
+        options["vectors"] = None
+    else:
+        options = {"vectors": None, **options}
+    return machine.pick(work.name, options)

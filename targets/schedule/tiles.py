@@ -14,7 +14,7 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from hone.targets.tile_intrinsics import CONFIGURE, SCOPE, require
-from hone.targets.tile_product import FORMS, LANES, TileProduct, TileShape
+from hone.targets.tile_product import FORMS, GROUP_BYTES, LANES, TileProduct, TileShape
 
 from .blocks import (
     MIN_PARALLEL_CYCLES,
@@ -45,6 +45,11 @@ def _shape(schedule: s_tir.Schedule, sums: SBlockRV) -> TileShape:
         left_tiles=int(notes[LEFT_TILES]),
         right_tiles=right_tiles,
     )
+
+
+def element_bytes(shape: TileShape) -> int:
+    """Return the bytes of an element of either operand."""
+    return GROUP_BYTES // FORMS[shape.product].group
 
 
 def register_intrinsics(module: tvm.IRModule) -> None:
@@ -86,32 +91,39 @@ def _tasks(
 ) -> tuple[int, int]:
     """Return how many parts the blocks of pixels and those of filters are cut into."""
     images, rows, lanes, *_ = extents(schedule, anchor)
-    bytes_of_left = math.prod(read_shape(schedule, anchor, 0))
+    size = element_bytes(shape)
+    bytes_of_left = math.prod(read_shape(schedule, anchor, 0)) * size
     blocks = rows // shape.block_rows
     return choose_tasks(
         machine,
         batch=images,
         row_tiles=blocks,
         channel_tiles=lanes // shape.block_lanes,
-        weight_bytes=math.prod(read_shape(schedule, anchor, 1)),
+        weight_bytes=math.prod(read_shape(schedule, anchor, 1)) * size,
         input_bytes=bytes_of_left,
         row_bytes=bytes_of_left // (images * blocks),
     )
 
 
 def _place_copy(
-    schedule: s_tir.Schedule, machine: Machine, copy: SBlockRV, tasks: LoopRV, *, task_rows: int
+    schedule: s_tir.Schedule,
+    machine: Machine,
+    copy: SBlockRV,
+    tasks: LoopRV,
+    *,
+    task_rows: int,
+    size: int,
 ) -> None:
     """Copy what a task reads within it, or everything beforehand, whichever moves less.
 
     A task also reads the rows of taps below its own pixels, and tasks of the same pixels and other
-    filters copy the same.
+    filters copy the same. ``size`` is that of an element, in bytes.
     """
     images, phases, rows, run = extents(schedule, copy)
     count = int(schedule.get(tasks).extent)
     halo = rows * images / max(count, 1) if count <= images else rows - task_rows
-    within = count * phases * min(task_rows + max(halo, 0), rows) * run
-    whole = images * phases * rows * run
+    within = count * phases * min(task_rows + max(halo, 0), rows) * run * size
+    whole = images * phases * rows * run * size
     start = MIN_PARALLEL_CYCLES * COPY_BYTES_PER_CYCLE
     if within / machine.threads <= whole / machine.threads + start:
         schedule.compute_at(copy, tasks, preserve_unit_loops=True)
@@ -197,11 +209,20 @@ def schedule_tiles(schedule: s_tir.Schedule, machine: Machine, blocks: list[SBlo
     tasks = schedule.fuse(*order)
     schedule.compute_at(left, step, preserve_unit_loops=True)
     if copy is not None:
-        _place_copy(schedule, machine, copy, tasks, task_rows=pixels // row_parts)
+        _place_copy(
+            schedule,
+            machine,
+            copy,
+            tasks,
+            task_rows=pixels // row_parts,
+            size=element_bytes(shape),
+        )
     schedule.compute_at(right, step, preserve_unit_loops=True)
     schedule.reverse_compute_at(sums, inside[1], preserve_unit_loops=True)
     schedule.reverse_compute_at(output, inside[1], preserve_unit_loops=True)
-    work = math.prod(extents(schedule, anchor)) * PRODUCT_CYCLES // (LANES**2 * 64)
+    elements = FORMS[shape.product].group
+    products = math.prod(extents(schedule, anchor)) // (LANES**3 * elements)
+    work = products * PRODUCT_CYCLES
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_CYCLES)
 
     cleared = schedule.decompose_reduction(anchor, tap)
@@ -209,9 +230,9 @@ def schedule_tiles(schedule: s_tir.Schedule, machine: Machine, blocks: list[SBlo
         schedule.unroll(loop)
     schedule.tensorize(schedule.get_loops(cleared)[-2], names.clear)
     schedule.tensorize(m_row, names.multiply)
-    _tensorize(schedule, left, names.load_left, tile=(shape.rows, shape.depth))
+    load_left = names.load_stored if copy is None else names.load_left
+    _tensorize(schedule, left, load_left, tile=(shape.rows, shape.depth))
     schedule.unroll(schedule.get_loops(right)[-4])
-    elements = FORMS[shape.product].group
     _tensorize(schedule, right, names.load_right, tile=(shape.groups, LANES, elements))
     _tensorize(schedule, sums, names.store, tile=(shape.rows, LANES))
     _finish(schedule, machine, output, filters=filters, lanes=shape.block_lanes)

@@ -15,7 +15,7 @@ from hone.passes.lower.window import Window
 from hone.targets.features import missing
 from hone.targets.schedule.cpu import schedule_function
 from hone.targets.schedule.machine import Machine
-from hone.targets.schedule.tile_plan import TilePlan, ranked_plans
+from hone.targets.schedule.tile_plan import ranked_plans
 from hone.targets.target import Target, resolve
 from hone.targets.tile_product import TileProduct
 
@@ -34,47 +34,6 @@ def bits(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def widened(values: np.ndarray) -> np.ndarray:
-    return (values.astype(np.uint32) << 16).view(np.float32)
-
-
-def oracle(data, weight, window: Window, plan: TilePlan) -> np.ndarray:
-    """Sum ``[N, H, W, C]`` and ``[K, R, S, C]`` bits product by product.
-
-    float64 holds a product of two 8-bit mantissas and its sum with a float32 of like size exactly:
-    rounding that is the one rounding of a fused operation.
-    """
-    top, left, bottom, right = window.padding
-    padded = np.pad(data, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    height, width = window.output
-    filters, taps_h, taps_w, channels = weight.shape
-    run, depth = taps_w * channels, plan.shape.depth
-    sums = np.zeros((len(data), height, width, filters), np.float32)
-    for r in range(taps_h):
-        taps = [
-            padded[
-                :,
-                r * window.dilation[0] :: window.strides[0],
-                s * window.dilation[1] :: window.strides[1],
-            ][:, :height, :width]
-            for s in range(taps_w)
-        ]
-        runs = np.zeros((*sums.shape[:3], plan.steps * depth), np.uint16)
-        runs[..., :run] = np.concatenate(taps, -1)
-        rows = np.zeros((filters, plan.steps * depth), np.uint16)
-        rows[:, :run] = weight[:, r].reshape(filters, run)
-        for first in range(0, plan.steps * depth, depth):
-            halves = []
-            for odd in (0, 1):
-                half = np.zeros_like(sums)
-                for at in range(first + odd, first + depth, 2):
-                    term = widened(runs[..., at, None]).astype(np.float64) * widened(rows[:, at])
-                    half = (term + half).astype(np.float32)
-                halves.append(half)
-            sums = sums + (halves[0] + halves[1])
-    return sums
-
-
 @pytest.mark.parametrize(
     ("shape", "filters", "strides", "padding"),
     [
@@ -84,7 +43,9 @@ def oracle(data, weight, window: Window, plan: TilePlan) -> np.ndarray:
     ],
     ids=["padded", "strided", "pointwise"],
 )
-def test_sums_of_bfloat16_equal_the_oracle(amx, target, shape, filters, strides, padding) -> None:
+def test_sums_of_bfloat16_equal_the_oracle(
+    amx, tile_oracle, target, shape, filters, strides, padding
+) -> None:
     rng = np.random.default_rng(3)
     window = Window(
         shape=shape, taps=filters[1:], strides=strides, dilation=(1, 1), padding=padding
@@ -113,4 +74,4 @@ def test_sums_of_bfloat16_equal_the_oracle(amx, target, shape, filters, strides,
     assert "tdpbf16ps" in library.inspect_source("asm")
     got = tvm.runtime.tensor(np.zeros((shape[0], height, width, filters[0]), np.float32))
     library["main"](tvm.runtime.tensor(data), tvm.runtime.tensor(packed), got)
-    np.testing.assert_array_equal(got.numpy(), oracle(data, weight, window, plan))
+    np.testing.assert_array_equal(got.numpy(), tile_oracle(data, weight, window, plan))
