@@ -14,13 +14,13 @@ from . import pipeline
 _ALLOC = tvm.ir.Op.get("relax.memory.alloc_storage")
 
 
-def activation_bytes(scheduled: tvm.IRModule, target: Target, *, threads: int) -> int:
+def activation_bytes(lowered: tvm.IRModule, target: Target, *, threads: int) -> int:
     """Return the bytes that activations share in one run, as planned ahead of time.
 
     Parameters
     ----------
-    scheduled : IRModule
-        Kernels and a ``main`` that calls them.
+    lowered : IRModule
+        Kernels, scheduled or not, and a ``main`` that calls them.
     target : Target
         What it is compiled for.
     threads : int
@@ -29,12 +29,12 @@ def activation_bytes(scheduled: tvm.IRModule, target: Target, *, threads: int) -
     Returns
     -------
     int
-        The storages of the plan, each once; inputs are the caller's and not among them. What a
-        kernel allocates for itself is not seen.
+        The storages of the plan, each once, outputs included; inputs are the caller's and not among
+        them. What a kernel allocates for itself is not seen.
     """
     calls, memory, *_ = pipeline.finalize_stages()
     with target.tvm_target(threads):
-        planned = memory.run(calls.run(scheduled))
+        planned = memory.run(calls.run(lowered))
     sizes: list[int] = []
 
     def visit(expression: relax.Expr) -> None:
@@ -48,7 +48,7 @@ def activation_bytes(scheduled: tvm.IRModule, target: Target, *, threads: int) -
 
 
 def lowered_activation_bytes(module: tvm.IRModule, target: Target, *, threads: int) -> int:
-    """Return the same for a module that is not lowered yet, without generating any code.
+    """Return the same for a module that is not lowered yet.
 
     Parameters
     ----------
@@ -58,5 +58,4 @@ def lowered_activation_bytes(module: tvm.IRModule, target: Target, *, threads: i
         As above.
     """
     lowered = pipeline.lower(module, target, threads=threads)
-    scheduled = pipeline.schedule(lowered, target, threads=threads)
-    return activation_bytes(scheduled.module, target, threads=threads)
+    return activation_bytes(lowered, target, threads=threads)

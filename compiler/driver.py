@@ -7,8 +7,7 @@ candidate of a build goes through as well.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from hone.targets import features
 from hone.targets.target import Target, resolve
 
 from . import parity, pipeline, runtime
+from .activations import activation_bytes
 from .data import Dataset
 from .database import Database
 from .errors import LockedError, ToolchainError, UsageError
@@ -28,7 +28,8 @@ from .kernel_table import converting_kernels, kernel_table
 from .model import Model
 from .package import Package
 from .packaging.golden import Golden
-from .packaging.manifest import ProvenanceEntry, TargetEntry
+from .packaging.manifest import CostEntry, ProvenanceEntry, TargetEntry
+from .profiling.kernel_costs import kernel_costs
 from .progress import Progress, silent
 from .quantized import Wanted
 from .steps.options.half import HalfOptions
@@ -73,8 +74,6 @@ class Assembled:
         What of a model that was quantized before its import became integer kernels.
     packing : WeightPacking or None
         Which of its other weights stay in their few bits.
-    conversions : mapping of str to tuple of str
-        Kernel → what it converts between float and integers, such as ``quantize image``.
     """
 
     package: Package
@@ -82,7 +81,6 @@ class Assembled:
     scheduled: pipeline.Scheduled
     quantization: Quantization | None = None
     packing: WeightPacking | None = None
-    conversions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def runs_here(target: Target) -> bool:
@@ -164,6 +162,8 @@ def assemble(
         recipe={},
         # Sorting and top-k are calls by name into the runtime's second library.
         needs_runtime_extra=b"tvm.contrib.sort" in library,
+        activations_bytes=activation_bytes(scheduled.module, target, threads=threads),
+        costs=_costs(model, integers, lowered, scheduled),
     )
     return Assembled(
         package=package,
@@ -171,8 +171,25 @@ def assemble(
         scheduled=scheduled,
         quantization=quantization,
         packing=packing,
-        conversions=converting_kernels(model, integers.module, lowered),
     )
+
+
+def _costs(
+    model: Model, computed: Model, lowered: tvm.IRModule, scheduled: pipeline.Scheduled
+) -> dict[str, CostEntry]:
+    """Return what each kernel does, for the manifest."""
+    rules = {decision.kernel: decision.rule for decision in scheduled.decisions}
+    converts = converting_kernels(model, computed.module, lowered)
+    return {
+        kernel: CostEntry(
+            operations=cost.operations,
+            touched_bytes=cost.touched_bytes,
+            dtype=cost.dtype,
+            rule=rules.get(kernel),
+            converts=converts.get(kernel, ()),
+        )
+        for kernel, cost in kernel_costs(lowered, computed).items()
+    }
 
 
 def _in_integers(model: Model) -> tuple[Model, Quantization | None, WeightPacking | None]:

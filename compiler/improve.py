@@ -31,7 +31,7 @@ from .measure import Contender, InProcess, Measurement, Outcome, Rounds, Speedup
 from .model import Model
 from .packaging.manifest import AccuracyEntry
 from .peers import Peer
-from .profile import Profile, profile_compiled
+from .profile import Profile, profile
 from .profiling.kernel_timer import ROUNDS
 from .profiling.roofline import of_this_machine
 from .progress import Progress, silent
@@ -417,9 +417,7 @@ class _Build:
             if problem is not None:
                 self.notes.append(problem)
             try:
-                return profile_compiled(
-                    kept.assembled,
-                    kept.model,
+                return profile(
                     kept.runner,
                     self.evaluation.sample(0),
                     seconds=PROFILE_S,

@@ -24,9 +24,11 @@ from .packaging.manifest import (
     LIBRARY,
     MANIFEST,
     AccuracyEntry,
+    CostEntry,
     FileEntry,
     GoldenEntry,
     Manifest,
+    MemoryEntry,
     ProvenanceEntry,
     TargetEntry,
     Versions,
@@ -80,6 +82,8 @@ class Package:
         recipe: Mapping[str, object],
         accuracy: AccuracyEntry | None = None,
         needs_runtime_extra: bool = False,
+        activations_bytes: int | None = None,
+        costs: Mapping[str, CostEntry] | None = None,
         tuning: Mapping[str, bytes] = MappingProxyType({}),
     ) -> Package:
         """Compute the checksums and put a package together.
@@ -110,6 +114,10 @@ class Package:
             What was measured.
         needs_runtime_extra : bool
             Whether the library calls into ``libtvm_runtime_extra.so``.
+        activations_bytes : int, optional
+            That the activations of a run share.
+        costs : mapping of str to CostEntry, optional
+            What each kernel does.
         tuning : mapping of str to bytes
             Tuning records by file name, stored under ``tuning/``.
 
@@ -122,8 +130,16 @@ class Package:
         """
         members = {LIBRARY: bytes(library), **to_members(signature, golden)}
         members |= {f"tuning/{name}": bytes(content) for name, content in tuning.items()}
+        known: dict[str, object] = {} if costs is None else {"costs": dict(costs)}
+        if activations_bytes is not None:
+            given = sum(tensor.size_bytes for tensor in signature.inputs)
+            known["memory"] = MemoryEntry(
+                activations_bytes=activations_bytes,
+                peak_bytes=weights_bytes + activations_bytes + given,
+            )
         manifest = Manifest.from_data(
             {
+                **known,
                 "versions": _versions(),
                 "signature": signature.to_json(),
                 "target": target,
@@ -158,7 +174,7 @@ class Package:
         golden, recipe, accuracy, tuning
             As for `create`; they replace what this package holds.
         """
-        manifest = self.manifest
+        manifest, memory = self.manifest, self.manifest.memory
         return Package.create(
             library=self.library,
             signature=self.signature,
@@ -172,6 +188,8 @@ class Package:
             recipe=recipe,
             accuracy=accuracy,
             needs_runtime_extra=manifest.needs_runtime_extra,
+            activations_bytes=None if memory is None else memory.activations_bytes,
+            costs=manifest.costs if "costs" in manifest.model_fields_set else None,
             tuning=tuning,
         )
 

@@ -1,7 +1,8 @@
 """Where the time of a model goes: each kernel timed inside the running model, against a roofline.
 
-Times, calls and bytes come from the running package and need no compiler. Operations, the rule of
-each schedule and the roofline need the lowered module, which only an ONNX model has.
+Times and calls come from the running package; operations, bytes, conversions and the rule of each
+schedule from its manifest, where they were written when it was compiled. No compiler is needed but
+to measure the machine's limits, once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hone.targets.target import resolve
+
 from .errors import UsageError
 from .measure import bootstrap_median
 from .package import Package
@@ -21,9 +24,8 @@ from .progress import Progress, silent
 from .runtime import Runner
 
 if TYPE_CHECKING:
-    from .driver import Assembled
     from .model import Model
-    from .profiling.kernel_costs import KernelCost
+    from .packaging.manifest import CostEntry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class KernelProfile:
     layers : tuple of str
         Ids of the layers that it computes.
     converts : tuple of str
-        Conversions between float and integers that it does; none for a package.
+        Conversions between float and integers that it does.
     calls : int
         In one run.
     time_ms : float
@@ -45,15 +47,16 @@ class KernelProfile:
     share : float
         Of the run, in [0, 1].
     dtype : str or None
-        Of its largest weight, else of its largest tensor.
+        What most of its operations work on; where there are none, or it is not known, that of its
+        largest weight, else of its largest tensor.
     weights_bytes : int
         Constants that it reads, each once.
     moved_bytes : int
         Inputs, weights and outputs.
     operations : float or None
-        Floating point operations; integer ones of a quantized kernel. None for a package.
+        On elements, a multiply-add being two. None where the package does not say.
     rule : str or None
-        What scheduled it; ``record`` for a tuning record. None for a package.
+        What scheduled it; ``record`` for a tuning record. None where the package does not say.
     floor_ms : float or None
         Least time by the roofline.
     bound : Bound or None
@@ -143,9 +146,6 @@ def profile(
     inputs: Mapping[str, np.ndarray],
     *,
     seconds: float = 2.0,
-    costs: Mapping[str, KernelCost] | None = None,
-    rules: Mapping[str, str] | None = None,
-    conversions: Mapping[str, tuple[str, ...]] | None = None,
     roofline: Roofline | None = None,
     on_round: Callable[[int], None] | None = None,
 ) -> Profile:
@@ -154,17 +154,11 @@ def profile(
     Parameters
     ----------
     runner : Runner
-        The package.
+        The package; its manifest says what each kernel does.
     inputs : mapping of str to ndarray
         Of its signature.
     seconds : float
         About how long to measure.
-    costs : mapping of str to KernelCost, optional
-        Of each kernel, from `hone.profiling.kernel_costs.kernel_costs`.
-    rules : mapping of str to str, optional
-        What scheduled each kernel.
-    conversions : mapping of str to tuple of str, optional
-        What each kernel converts.
     roofline : Roofline, optional
         Of this machine, for as many threads.
     on_round : callable, optional
@@ -192,10 +186,10 @@ def profile(
     kernels = []
     for name in names:
         calls = [traced.calls[i] for i in columns[name]]
-        cost = (costs or {}).get(name)
+        cost = runner.manifest.costs.get(name)
         moved = [_moved_bytes(call, cost) for call in calls]
         floor, bound, peak = None, None, None
-        dtype = _dtype(calls[0].operands)
+        dtype = cost.dtype if cost is not None and cost.dtype else _dtype(calls[0].operands)
         if roofline is not None and cost is not None and dtype is not None:
             floors = [
                 roofline.floor_s(
@@ -213,7 +207,7 @@ def profile(
             KernelProfile(
                 name=name,
                 layers=runner.manifest.kernels.get(name, ()),
-                converts=(conversions or {}).get(name, ()),
+                converts=() if cost is None else cost.converts,
                 calls=len(calls),
                 time_ms=times_ms[name],
                 share=times_ms[name] / whole_ms if whole_ms else 0.0,
@@ -221,7 +215,7 @@ def profile(
                 weights_bytes=_weights_bytes(calls),
                 moved_bytes=sum(map(sum, moved)),
                 operations=None if cost is None else cost.operations * len(calls),
-                rule=(rules or {}).get(name),
+                rule=None if cost is None else cost.rule,
                 floor_ms=floor,
                 bound=bound,
                 peak=peak,
@@ -238,43 +232,6 @@ def profile(
         weights_bytes=weights_bytes,
         storage_bytes=traced.storage_bytes,
         roofline=roofline,
-    )
-
-
-def profile_compiled(
-    assembled: Assembled,
-    model: Model,
-    runner: Runner,
-    inputs: Mapping[str, np.ndarray],
-    *,
-    seconds: float,
-    roofline: Roofline | None,
-    on_round: Callable[[int], None] | None = None,
-) -> Profile:
-    """Profile a model that was compiled in this process, about which everything is known.
-
-    Parameters
-    ----------
-    assembled : Assembled
-        From `hone.driver.assemble`.
-    model : Model
-        What it was made of.
-    runner : Runner
-        Its package.
-    inputs, seconds, roofline, on_round
-        As for `profile`.
-    """
-    from .profiling.kernel_costs import kernel_costs
-
-    return profile(
-        runner,
-        inputs,
-        seconds=seconds,
-        costs=kernel_costs(assembled.lowered, model),
-        rules={decision.kernel: decision.rule for decision in assembled.scheduled.decisions},
-        conversions=assembled.conversions,
-        roofline=roofline,
-        on_round=on_round,
     )
 
 
@@ -301,29 +258,27 @@ def profile_model(
     UsageError
         The model branches.
     """
-    from hone.targets.target import resolve
-
     from . import driver, parity, runtime
 
     progress = progress or silent()
-    target = resolve("host")
     with progress.task("compile"):
-        assembled = driver.assemble(model, target=target, threads=threads)
+        assembled = driver.assemble(model, target=resolve("host"), threads=threads)
         runner = runtime.load(assembled.package, threads=threads)
-    with progress.task("measure the machine"):
-        roofline, problem = of_this_machine(target, threads=runner.threads)
-    if problem is not None:
-        progress.log(problem)
+    return _profiled(runner, parity.random_inputs(model, seed=0), seconds, progress)
+
+
+def _profiled(
+    runner: Runner, inputs: Mapping[str, np.ndarray], seconds: float, progress: Progress
+) -> Profile:
+    """Profile a package against the limits of this machine."""
+    roofline = None
+    if runner.manifest.costs:  # without them there is nothing to hold against the limits
+        with progress.task("measure the machine"):
+            roofline, problem = of_this_machine(resolve("host"), threads=runner.threads)
+        if problem is not None:
+            progress.log(problem)
     with progress.task("profile", total=ROUNDS) as task:
-        return profile_compiled(
-            assembled,
-            model,
-            runner,
-            parity.random_inputs(model, seed=0),
-            seconds=seconds,
-            roofline=roofline,
-            on_round=task.update,
-        )
+        return profile(runner, inputs, seconds=seconds, roofline=roofline, on_round=task.update)
 
 
 def profile_package(
@@ -333,7 +288,7 @@ def profile_package(
     seconds: float = 2.0,
     progress: Progress | None = None,
 ) -> Profile:
-    """Profile a package on its golden inputs; no compiler is needed.
+    """Profile a package on its golden inputs.
 
     Parameters
     ----------
@@ -361,8 +316,7 @@ def profile_package(
         raise UsageError(
             "the package holds no golden inputs to run", hint="profile its ONNX model instead"
         )
-    with (progress or silent()).task("profile", total=ROUNDS) as task:
-        return profile(runner, samples[0].inputs, seconds=seconds, on_round=task.update)
+    return _profiled(runner, samples[0].inputs, seconds, progress or silent())
 
 
 def _overheads_ms(timing: Timing, traced: Trace) -> np.ndarray:
@@ -381,7 +335,7 @@ def _weights_bytes(calls: Sequence[Call]) -> int:
     return sum(weights.values())
 
 
-def _moved_bytes(call: Call, cost: KernelCost | None) -> tuple[int, int]:
+def _moved_bytes(call: Call, cost: CostEntry | None) -> tuple[int, int]:
     """Return the bytes of weights, and of everything else, that one call touches."""
     limits = cost.touched_bytes if cost is not None else ()
     if len(limits) != len(call.operands):

@@ -50,6 +50,7 @@ def _inspect_package(file: Path, as_json: bool) -> None:
             ("threads", target.threads),
             ("precision", manifest.precision),
             ("weights", output.size(manifest.weights_bytes)),
+            *_memory(package),
             ("package size", output.size(package.size_bytes)),
             ("accuracy", _accuracy(package)),
             ("golden samples", manifest.golden.samples),
@@ -64,6 +65,17 @@ def _inspect_package(file: Path, as_json: bool) -> None:
     output.table(("kernel", "layers"), rows)
 
 
+def _memory(package: Package) -> list[tuple[str, object]]:
+    memory = package.manifest.memory
+    if memory is None:
+        return []
+    activations, peak = output.size(memory.activations_bytes), output.size(memory.peak_bytes)
+    return [
+        ("activations", f"{activations}, as planned"),
+        ("memory of a run", f"{peak}: weights, activations and inputs"),
+    ]
+
+
 def _accuracy(package: Package) -> str:
     accuracy = package.manifest.accuracy
     if accuracy is None:
@@ -72,8 +84,8 @@ def _accuracy(package: Package) -> str:
 
 
 def _inspect_model(file: Path, shapes: tuple[str, ...], as_json: bool) -> None:
+    from hone.activations import lowered_activation_bytes
     from hone.importer import load
-    from hone.profiling.activation_memory import activation_bytes
     from hone.profiling.layer_costs import layer_costs
     from hone.targets.target import resolve
 
@@ -82,7 +94,9 @@ def _inspect_model(file: Path, shapes: tuple[str, ...], as_json: bool) -> None:
     costs = layer_costs(model)
     macs = sum(cost.macs for cost in costs)
     parameters = sum(cost.parameters for cost in costs)
-    activations = activation_bytes(model, resolve("host"), threads=options.default_threads())
+    activations = lowered_activation_bytes(
+        model.module, resolve("host"), threads=options.default_threads()
+    )
     if as_json:
         output.write_json(
             {

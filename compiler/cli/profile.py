@@ -40,9 +40,8 @@ def profile(
 ) -> None:
     """Time every kernel inside the running model and hold it against what the machine can do.
 
-    A model is compiled without tuning first. A package needs no compiler, but does not know its
-    operations: its GFLOP/s and roofline are left out. GFLOP/s counts the integer operations of
-    quantized kernels alike.
+    A model is compiled without tuning first; a package says itself what its kernels do. GFLOP/s
+    counts the integer operations of quantized kernels alike.
 
     The roofline is the least time that a kernel's operations and bytes need on this machine, over
     the time it took. The limits of the machine are measured once and kept in the cache folder.

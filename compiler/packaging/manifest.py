@@ -185,6 +185,45 @@ class GoldenEntry(_Entry):
     tolerance: dict[str, NonNegativeFloat]
 
 
+class CostEntry(_Entry):
+    """What one call of a kernel does.
+
+    Parameters
+    ----------
+    operations : float
+        On elements, a multiply-add being two; see ``hone.profiling.operations``.
+    touched_bytes : tuple of int
+        For each argument the bytes that are read or written at most.
+    dtype : str or None
+        What most of the operations work on; None where there are none.
+    rule : str or None
+        What scheduled it; ``record`` for a tuning record.
+    converts : tuple of str
+        Conversions between precisions that it does, such as ``quantize image``.
+    """
+
+    operations: NonNegativeFloat
+    touched_bytes: tuple[NonNegativeInt, ...]
+    dtype: str | None = None
+    rule: str | None = None
+    converts: tuple[str, ...] = ()
+
+
+class MemoryEntry(_Entry):
+    """The memory of one run, as planned at compile time.
+
+    Parameters
+    ----------
+    activations_bytes : int
+        That the activations share, outputs included. What a kernel needs for itself is not in it.
+    peak_bytes : int
+        Weights, activations and inputs together.
+    """
+
+    activations_bytes: NonNegativeInt
+    peak_bytes: NonNegativeInt
+
+
 class Manifest(_Entry):
     """The contents of ``manifest.json``.
 
@@ -204,8 +243,12 @@ class Manifest(_Entry):
         Whether the code calls into ``libtvm_runtime_extra.so`` (sorting, top-k).
     weights_bytes : int
         Bytes of the weights as the library stores them, packing and padding included.
+    memory : MemoryEntry or None
+        Of one run; None in a package of an older hone.
     kernels : dict of str to tuple of str
         Layer ids that each kernel computes.
+    costs : dict of str to CostEntry
+        What each kernel does; empty in a package of an older hone.
     recipe : dict
         The decisions that were taken.
     accuracy : AccuracyEntry or None
@@ -225,7 +268,9 @@ class Manifest(_Entry):
     precision: Literal["fp32", "bf16", "fp16", "int8"]
     needs_runtime_extra: bool
     weights_bytes: NonNegativeInt
+    memory: MemoryEntry | None = None
     kernels: dict[str, tuple[str, ...]]
+    costs: dict[str, CostEntry] = {}
     recipe: dict[str, JsonValue]
     accuracy: AccuracyEntry | None
     provenance: ProvenanceEntry
@@ -250,6 +295,9 @@ class Manifest(_Entry):
     def to_json(self) -> bytes:
         """Return the canonical text: sorted keys, two spaces, ASCII, one final newline."""
         data = self.model_dump(mode="json", by_alias=True)
+        for name in ("memory", "costs"):
+            if name not in self.model_fields_set:
+                del data[name]  # written by a hone that knew nothing of it
         text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
         return text.encode("ascii") + b"\n"
 

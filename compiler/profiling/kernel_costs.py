@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import tvm
 from tvm import relax, s_tir, tirx
+from tvm.s_tir import SBlock
 
 from hone.importing.layer_names import PART
 from hone.model import Model
 from hone.passes.lower.fuse_operators import kernel_layers
 
 from .layer_costs import layer_costs
+from .operations import Work, iterations, work_of
 
 # Blocks of multiply-adds over output tiles that are rounded up; see `hone.targets.schedule.cpu`.
-ROUNDED_BLOCKS = ("conv_acc", "mm_acc", "bmm_acc")
+ROUNDED_BLOCKS = ("conv_acc", "mm_acc", "bmm_acc", "qconv_acc", "qmm_acc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +28,19 @@ class KernelCost:
     Parameters
     ----------
     operations : float
-        Additions, multiplications, comparisons and the like on elements, as TIR writes them: a
-        multiply-add is two, an exponential the polynomial that computes it. What is computed only
-        to round a tile up does not count.
+        Additions, multiplications, comparisons and the like on elements, see
+        `hone.profiling.operations`: a multiply-add is two. What is computed only to round a tile up
+        does not count.
     touched_bytes : tuple of int
         For each argument the bytes that are read or written at most: all of it, or fewer where a
         gather reads a few rows of a table.
+    dtype : str or None
+        What most of the operations work on; None where there are none.
     """
 
     operations: float
     touched_bytes: tuple[int, ...]
+    dtype: str | None = None
 
 
 def kernel_costs(lowered: tvm.IRModule, model: Model) -> dict[str, KernelCost]:
@@ -90,37 +95,37 @@ def _cost(func: tirx.PrimFunc, *, most_macs: int) -> KernelCost:
     """
     schedule = s_tir.Schedule(tvm.IRModule({"main": func}))
     func = schedule.mod["main"]
-    operations = float(s_tir.analysis.estimate_tir_flops(schedule.mod))
     blocks = [
         schedule.get(block) for block in schedule.get_child_blocks(schedule.get_sblock("root"))
     ]
+    total = Work()
     for block in blocks:
+        work, done = work_of(block.body), iterations(block)
         if str(block.name_hint).startswith(ROUNDED_BLOCKS):
-            done = _iterations(block)
-            useful = done * _share_read(block, blocks)
-            useful = min(useful, most_macs) if most_macs else useful
-            operations -= 2 * (done - useful)
+            useful = _share_read(block, blocks)
+            if most_macs and work.products:
+                useful = min(useful, most_macs / (work.products * done))
+            total.add(work, done * useful)
+        else:
+            total.add(work, done)
     return KernelCost(
-        operations=max(operations, 0.0),
+        operations=total.operations,
         touched_bytes=tuple(
             _touched(parameter, blocks) for parameter in func.params if _is_tensor(parameter)
         ),
+        dtype=total.dtype,
     )
-
-
-def _iterations(block: tirx.SBlock) -> int:
-    return math.prod(int(variable.dom.extent) for variable in block.iter_vars)
 
 
 def _elements(buffer: tirx.Buffer) -> int:
     return math.prod(int(extent) for extent in buffer.shape)
 
 
-def _share_read(block: tirx.SBlock, blocks: list[tirx.SBlock]) -> float:
+def _share_read(block: SBlock, blocks: list[SBlock]) -> float:
     """Return how much of a block's result is read by the next one: less than all where it cuts."""
     result = block.writes[0].source
     readers = [
-        _iterations(other)
+        iterations(other)
         for other in blocks
         if any(region.source.same_as(result) for region in other.reads) and not other.same_as(block)
     ]
@@ -131,11 +136,11 @@ def _is_tensor(parameter: tirx.Var) -> bool:
     return hasattr(parameter.ty, "shape")
 
 
-def _touched(parameter: tirx.Buffer, blocks: list[tirx.SBlock]) -> int:
+def _touched(parameter: tirx.Buffer, blocks: list[SBlock]) -> int:
     """Return the bytes of an argument that a kernel can touch with the iterations that it has."""
     itemsize = int(tvm.runtime.DataType(str(parameter.dtype)).itemsize)
     accesses = sum(
-        _iterations(block)
+        iterations(block)
         for block in blocks
         for region in (*block.reads, *block.writes)
         if region.source.same_as(parameter)

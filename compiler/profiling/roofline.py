@@ -23,7 +23,7 @@ from hone.targets.target import Target
 
 PER_SECOND = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Raised when what is measured changes, so that older files are not read.
-_REVISION = 1
+_REVISION = 2
 
 
 class Bound(StrEnum):
@@ -81,7 +81,8 @@ class Roofline(_Entry):
     threads : int
         Threads that were measured together.
     peaks : dict of str to Peak
-        By data type: ``float32``; ``int8`` where there is a dot product instruction for it.
+        By data type: ``float32``; ``int8`` and ``bfloat16`` where the processor has a dot product
+        of them.
     levels : tuple of Level
         From the fastest to the slowest.
     quiet : bool
@@ -96,12 +97,12 @@ class Roofline(_Entry):
     def peak(self, dtype: str) -> tuple[str, Peak]:
         """Return the peak that a data type is held against, and the type it was measured with.
 
-        8-bit integers are held against the dot product of bytes where the processor has one;
-        everything else against float32.
+        8-bit integers are held against the dot product of bytes and bfloat16 against that of pairs,
+        where the processor has one; everything else against float32.
         """
-        if dtype in ("int8", "uint8") and "int8" in self.peaks:
-            return "int8", self.peaks["int8"]
-        return "float32", self.peaks["float32"]
+        name = "int8" if dtype == "uint8" else dtype
+        name = name if name in self.peaks else "float32"
+        return name, self.peaks[name]
 
     def level(self, size_bytes: int) -> Level:
         """Return the fastest level that holds so many bytes."""

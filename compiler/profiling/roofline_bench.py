@@ -17,6 +17,8 @@ from tvm.target.codegen import llvm_lookup_intrinsic_id
 
 from hone.packaging.tvm_runtime import Threads, tvm_runtime
 from hone.targets.container import memory_limit
+from hone.targets.half_dot import BFLOAT16, PAIR, HalfDot, half_dot_of
+from hone.targets.half_intrinsics import add_name, pair_name
 from hone.targets.target import Target
 from hone.tuning.builder import build
 
@@ -49,6 +51,8 @@ def measure(target: Target, *, threads: int) -> Roofline:
     peaks = {"float32": bench.multiply_add()}
     if (dot := byte_dot(target)) is not None:
         peaks["int8"] = bench.dot(dot)
+    if (pairs := half_dot_of(target)) is not None:
+        peaks[BFLOAT16] = bench.pairs(pairs)
     levels = tuple(bench.level(*level) for level in capacities(target, threads))
     return Roofline(threads=threads, peaks=peaks, levels=levels, quiet=min(bench.shares) >= QUIET)
 
@@ -157,6 +161,26 @@ class _Bench:
         return Peak(
             instruction=f"{32 * dot.lanes}-bit {'sdot' if dot.left == 'int8' else 'vpdpbusd'}",
             operations_per_second=2 * GROUP * self._steps(operands, step),
+        )
+
+    def pairs(self, dot: HalfDot) -> Peak:
+        """Measure products of bfloat16 pairs that stay in registers, summed in float32."""
+        vector = f"float32x{self.lanes}"
+        total, product = (tvm.ir.Op.get(name(dot)) for name in (add_name, pair_name))
+
+        def step(sums: tirx.Expr, x: tirx.Buffer) -> tirx.Expr:
+            words = (
+                tirx.reinterpret(f"int32x{self.lanes}", x.vload([row, 0], vector))
+                for row in range(2)
+            )
+            pair = tirx.call_intrin(vector, product, *words)
+            return tirx.call_intrin(vector, total, sums, pair)
+
+        # A float32 of 1 is a pair of 0 and 1.
+        operands = np.ones((2, self.lanes), np.float32)
+        return Peak(
+            instruction=f"{32 * self.lanes}-bit {dot}",
+            operations_per_second=2 * PAIR * self._steps(operands, step),
         )
 
     def _steps(

@@ -177,7 +177,10 @@ class LayerRow(Row):
     latency_ms: Milliseconds | None = Field(default=None, description="of all its calls together")
     share: Fraction | None = Field(default=None, description="of the whole run")
     weights_bytes: Bytes | None = None
-    dtype: str | None = Field(default=None, description="of its weights, else of its tensors")
+    dtype: str | None = Field(
+        default=None,
+        description="what its operations work on; without any, that of its weights or tensors",
+    )
     rule: str | None = Field(default=None, description="of its schedule; record: it was tuned")
     operations: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="of all its calls, a multiply-add being two"

@@ -400,3 +400,20 @@ def test_package_is_never_written_over_what_is_no_file(paper, tmp_path):
 def test_package_is_one_line_when_it_is_shown(paper):
     assert len(repr(paper)) < 100
     assert repr(paper).startswith("Package(fp32 for ")
+
+
+def test_memory_of_a_run_is_weights_activations_and_inputs(tiny):
+    package = tiny.package(activations_bytes=1000)
+    memory = package.manifest.memory
+    inputs = 4 * 24 * 4 + 3 * 8 + 4
+    assert memory.activations_bytes == 1000
+    assert memory.peak_bytes == package.weights_bytes + 1000 + inputs
+    again = package.with_evidence(golden=package.golden(), recipe={})
+    assert again.manifest.memory == memory
+
+
+def test_package_of_an_older_hone_stays_byte_for_byte(tiny):
+    package = tiny.package()
+    text = package.manifest.to_json()
+    assert not {"memory", "costs"} & json.loads(text).keys()
+    assert Package.read(package.to_bytes()).manifest.to_json() == text

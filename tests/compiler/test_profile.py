@@ -9,8 +9,8 @@ import pytest
 
 from hone import profile
 from hone.errors import UsageError
+from hone.packaging.manifest import CostEntry
 from hone.profiling import kernel_timer, roofline, roofline_bench
-from hone.profiling.kernel_costs import KernelCost
 from hone.profiling.kernel_timer import Call, Operand, Timing, Trace
 from hone.profiling.roofline import Bound, Level, Peak, Roofline
 
@@ -45,14 +45,16 @@ class Runner:
     """Stands for a loaded package."""
 
     threads = 1
-    manifest = SimpleNamespace(kernels={"conv": ("a", "b")})
+
+    def __init__(self, costs: dict[str, CostEntry]) -> None:
+        self.manifest = SimpleNamespace(kernels={"conv": ("a", "b")}, costs=costs)
 
 
 @pytest.fixture
 def timed(monkeypatch):
     """Profile with these times in microseconds: two rounds of two runs."""
 
-    def timed(calls_us, runs_us, **known):
+    def timed(calls_us, runs_us, costs=None, roofline=None):
         timing = Timing(
             call_s=np.array(calls_us, float) * 1e-6,
             run_s=np.array(runs_us, float) * 1e-6,
@@ -61,15 +63,18 @@ def timed(monkeypatch):
         )
         monkeypatch.setattr(profile, "trace", lambda *_: TRACE)
         monkeypatch.setattr(profile, "time_calls", lambda *_, **__: timing)
-        return profile.profile(Runner(), {}, **known)  # type: ignore[arg-type]
+        runner = Runner(costs or {})
+        return profile.profile(runner, {}, roofline=roofline)  # type: ignore[arg-type]
 
     return timed
 
 
 STEADY = [[1, 2, 1, 4]] * 4
 COSTS = {
-    "conv": KernelCost(operations=600.0, touched_bytes=(400, 800, 400)),
-    "table": KernelCost(operations=0.0, touched_bytes=(80, 40, 40)),
+    "conv": CostEntry(
+        operations=600.0, touched_bytes=(400, 800, 400), dtype="float32", rule="conv2d"
+    ),
+    "table": CostEntry(operations=0.0, touched_bytes=(80, 40, 40), converts=("quantize x",)),
 }
 
 
@@ -118,7 +123,18 @@ def test_rates_follow_from_operations_and_time(timed):
     assert conv.floor_ms == pytest.approx(3.2e-3)
     assert conv.roofline == pytest.approx(3.2 / 6)
     assert (conv.bound, conv.peak) == (Bound.MEMORY, "float32")
+    assert (conv.rule, conv.converts) == ("conv2d", ())
+    assert (table.rule, table.converts) == (None, ("quantize x",))
     assert table.gflops == 0
+
+
+def test_kernel_is_held_against_the_peak_of_what_it_works_on(timed):
+    fast = Peak(instruction="dot", operations_per_second=1e12)
+    limits = LIMITS.model_copy(update={"peaks": {**LIMITS.peaks, "bfloat16": fast}})
+    pairs = {"conv": CostEntry(operations=6e6, touched_bytes=(1, 1, 1), dtype="bfloat16")}
+    conv = timed(STEADY, [10, 10], costs=pairs, roofline=limits).kernels[0]
+    assert (conv.dtype, conv.peak, conv.bound) == ("bfloat16", "bfloat16", Bound.COMPUTE)
+    assert conv.floor_ms == pytest.approx(2 * 6e-3)
 
 
 def test_nothing_is_made_up_without_costs(timed):
@@ -152,7 +168,22 @@ def test_model_is_profiled_with_everything_known(dense):
     assert found.runs == kernel_timer.ROUNDS * kernel_timer.MIN_RUNS
 
 
-def test_package_is_profiled_on_its_golden_inputs(tiny):
+@pytest.mark.usefixtures("limits")
+def test_package_says_of_its_kernels_what_a_model_does(dense, tmp_path):
+    from hone import driver
+
+    model, assembled = dense
+    package = assembled.package.with_evidence(
+        golden=driver.golden_samples(model, driver.runtime.load(assembled.package)), recipe={}
+    )
+    package.save(tmp_path / "dense.hone")
+    (kernel,) = profile.profile_package(package.read(tmp_path / "dense.hone"), seconds=0.0).kernels
+    assert kernel.operations == 2 * 15 * (2 * 5 + 2)
+    assert (kernel.rule, kernel.peak, kernel.dtype) == ("dense", "float32", "float32")
+    assert kernel.roofline is not None
+
+
+def test_package_of_an_older_hone_is_profiled_without_its_operations(tiny):
     found = profile.profile_package(tiny.package(), seconds=0.0)
     scale, successor = found.kernels
     assert (scale.layers, successor.layers) == (("conv_1", "relu_1"), ())
