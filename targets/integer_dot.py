@@ -15,6 +15,10 @@ from .tile_product import TileProduct, has_product
 GROUP = 4
 """Bytes that share one int32 lane; weights are packed in groups of it on every processor."""
 
+SIDE, MATRIX_GROUP = 2, 8
+"""Pixels, and channels, of the sums of one product of matrices, and bytes that each of them sums:
+``[2, 8] x [8, 2] -> [2, 2]``."""
+
 
 class IntegerDot(StrEnum):
     """How a processor sums a group of products exactly.
@@ -29,6 +33,9 @@ class IntegerDot(StrEnum):
     """AVX2 and AVX-512BW: bytes widened to int16, two products to a lane in each of two steps."""
     TDPBUSD = "tdpbusd"
     """AMX: u8 x s8 in tiles of 16 x 16 sums; layers too small for it take `VPDPBUSD`."""
+    USMMLA = "usmmla"
+    """ARM i8mm: u8 x s8, two pixels by two channels, eight to a sum: twice what `USDOT` multiplies,
+    which layers take that cannot fill it."""
     USDOT = "usdot"
     """ARM i8mm: u8 x s8, four to a lane."""
     SDOT = "sdot"
@@ -36,8 +43,9 @@ class IntegerDot(StrEnum):
 
     @property
     def vector(self) -> IntegerDot:
-        """The instruction on vectors: this one, or what stands beside tiles."""
-        return IntegerDot.VPDPBUSD if self is IntegerDot.TDPBUSD else self
+        """The instruction on vectors: this one, or what stands beside tiles and matrices."""
+        others = {IntegerDot.TDPBUSD: IntegerDot.VPDPBUSD, IntegerDot.USMMLA: IntegerDot.USDOT}
+        return others.get(self, self)
 
 
 LEVEL_OFFSET: Mapping[IntegerDot | None, int] = {IntegerDot.SDOT: 128}
@@ -58,7 +66,7 @@ def integer_dot_of(target: Target) -> IntegerDot | None:
     features = set(target.features)
     if target.arch == "aarch64":
         if "i8mm" in features:
-            return IntegerDot.USDOT
+            return IntegerDot.USMMLA
         return IntegerDot.SDOT if "dotprod" in features else None
     # LLVM selects the 512-bit form from avx512vnni, narrower ones from either.
     if "avx512vnni" in features or ("avxvnni" in features and target.vector_bits <= 256):

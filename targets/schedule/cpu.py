@@ -19,6 +19,7 @@ from .contraction import schedule_batch_matmul, schedule_conv2d, schedule_dense
 from .generic import schedule_generic
 from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
+from .matrix import schedule_matrices
 from .rows import schedule_columns, schedule_rows
 from .tiles import schedule_tiles
 from .weight_only import schedule_weight_only_dense
@@ -36,7 +37,7 @@ class Decision:
         Name of the PrimFunc.
     rule : str
         ``conv2d``, ``dense``, ``batch_matmul``, ``attention``, ``window``, ``winograd``, ``rows``,
-        ``columns``, ``weight_only``, ``tiles``, ``generic``,
+        ``columns``, ``weight_only``, ``tiles``, ``matrices``, ``generic``,
         ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
@@ -58,6 +59,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("qconv_acc", "dot_conv2d"),
         ("tile_acc", "tiles"),
         ("qmm_acc", "dot_dense"),
+        ("matrix_acc", "matrices"),
         ("wino_acc", "winograd"),
         ("attn_acc", "attention"),
         ("row_total", "rows"),
@@ -86,8 +88,9 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
     if rule in whole:
         whole[rule](schedule, machine)
         return
-    if rule == "tiles":
-        schedule_tiles(schedule, machine, blocks)
+    if rule in ("tiles", "matrices"):
+        cut = {"tiles": schedule_tiles, "matrices": schedule_matrices}[rule]
+        cut(schedule, machine, blocks)
         return
     anchors: dict[str, str] = {
         "conv2d": "conv_acc",

@@ -91,7 +91,7 @@ def _dot(machine: Machine) -> IntegerDot:
     return IntegerDot(machine.integer_dot).vector
 
 
-def _copy_padding(schedule: s_tir.Schedule, machine: Machine, block: SBlockRV, at: LoopRV) -> None:
+def copy_padding(schedule: s_tir.Schedule, machine: Machine, block: SBlockRV, at: LoopRV) -> None:
     """Compute the padded input inside a task: pixels in vectors of bytes, whole rows as copies."""
     schedule.compute_at(block, at, preserve_unit_loops=True)
     if len(extents(schedule, block)) == JOINED_LOOPS:
@@ -164,7 +164,7 @@ def schedule_dot_conv2d(
     tasks = schedule.fuse(*order)
     schedule.reverse_compute_at(output, w_outer, preserve_unit_loops=True)
     if padding is not None:
-        _copy_padding(schedule, machine, padding, tasks)
+        copy_padding(schedule, machine, padding, tasks)
     work = batch * height * width * channels * taps_h * taps_w * groups
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     for loop in (h_inner, w_inner, k_vector):
@@ -221,7 +221,7 @@ def schedule_dot_dense(
     tasks = schedule.fuse(*order)
     schedule.reverse_compute_at(output, inside[1], preserve_unit_loops=True)
     if padding is not None:
-        _copy_padding(schedule, machine, padding, tasks)
+        copy_padding(schedule, machine, padding, tasks)
     work = rows * channels * groups
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     for loop in (m_inner, k_vector):
