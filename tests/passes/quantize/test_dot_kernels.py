@@ -240,7 +240,8 @@ def test_integer_dot_is_the_best_that_a_target_lists(form: str) -> None:
 
 def test_integer_dot_is_for_signed_bytes_when_a_board_has_no_mixed_one() -> None:
     dots = {name: integer_dot_of(resolve(name)) for name in ("rpi4", "rpi5", "graviton3")}
-    assert dots == {"rpi4": None, "rpi5": IntegerDot.SDOT, "graviton3": IntegerDot.USDOT}
+    assert dots == {"rpi4": None, "rpi5": IntegerDot.SDOT, "graviton3": IntegerDot.USMMLA}
+    assert IntegerDot.USMMLA.vector == IntegerDot.USDOT
 
 
 def window(channels: int, taps: int, dilation: int = 1) -> Window:
