@@ -11,6 +11,8 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
+from .keep_result_names import KeepResultNames, layer_names
+
 
 @tvm.transform.module_pass(opt_level=0)
 class ToNHWC:
@@ -24,6 +26,7 @@ class ToNHWC:
     ) -> tvm.IRModule:
         """Return the module in NHWC."""
         transform = relax.transform
+        names = layer_names(module["main"])
         return tvm.transform.Sequential(
             [
                 transform.ConvertLayout(
@@ -36,5 +39,6 @@ class ToNHWC:
                 transform.FoldConstant(),
                 transform.CanonicalizeBindings(),
                 transform.DeadCodeElimination(),
+                KeepResultNames(names),
             ]
         )(module)

@@ -144,3 +144,22 @@ def test_kernels_that_convert_name_the_tensor(digits, prepared, samples):
     texts = {text for each in converts.values() for text in each}
     assert "quantize image" in texts
     assert len(texts) == len(result.conversions)
+
+
+def test_layer_whose_result_is_the_networks_is_listed_where_it_is_computed():
+    rng = np.random.default_rng(2)
+    weight = numpy_helper.from_array(rng.normal(size=(8, 4, 3, 3)).astype(np.float32), "w")
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w"], ["y"], name="first", pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["y"], ["z"], name="last"),
+        ],
+        "tail",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 6, 5])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 8, 6, 5])],
+        [weight],
+    )
+    model = load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))
+    kernels = table(model, model.module, {})
+    assert together(kernels, "first", "last")
+    assert [kernel for kernel, layers in kernels.items() if not layers] == ["transpose"]
