@@ -1,4 +1,4 @@
-"""A quantized network in AMX tiles: equal, bit for bit, to the same network in vectors."""
+"""Networks in AMX tiles: in int8 equal, bit for bit, to those in vectors; in bfloat16 near them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 
 from hone import driver, importer, pipeline, runtime
 from hone.model import Model
+from hone.steps import half
+from hone.steps.candidate import Context
+from hone.steps.options.half import Bf16Step
+from hone.targets.half_dot import HalfDot, half_dot_of
 from hone.targets.integer_dot import IntegerDot, integer_dot_of
 from hone.targets.target import Target, resolve
 
@@ -135,6 +139,42 @@ def test_network_in_tiles_equals_the_one_in_vectors(
     reference = np.stack([session.run(None, {"image": image})[0] for image in images])
     # Two requantizations in a row may each round a tie to the other side.
     assert np.abs(tiles - reference).max() < 0.05 * np.abs(reference).max()
+
+
+@pytest.fixture(scope="module")
+def with_half_tiles() -> Target:
+    host = resolve("host")
+    if half_dot_of(host) not in (HalfDot.VDPBF16PS, HalfDot.TDPBF16PS):
+        pytest.skip("this machine has no AVX512-BF16, which layers too small for tiles use")
+    features = tuple(sorted({*host.features, "amx-bf16", "amx-tile"}))
+    return replace(host, features=features, tensor_instructions=("amx-bf16",))
+
+
+def test_network_of_bfloat16_in_tiles_is_near_the_one_in_vectors(
+    amx, with_half_tiles, images, monkeypatch
+) -> None:
+    amx.pretend(monkeypatch)
+    before = amx.counts()
+    model = importer.load(network())
+    context = Context(target=with_half_tiles, threads=2, calibration=None)
+    reduced = half.propose(model, Bf16Step(kind="bf16"), context).model
+    tiles = run(reduced, with_half_tiles, images)
+    if before is not None:
+        used = {name: n - before[name] for name, n in amx.counts().items()}
+        assert used["tdpbf16ps"] > 0
+        assert used["tdpbusd"] == 0
+        assert used["ldtilecfg"] == used["tilerelease"] > 4 * len(images)
+    vectors = run(reduced, with_half_tiles.without("amx-bf16"), images)
+    session = onnxruntime.InferenceSession(
+        network().SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    reference = np.stack([session.run(None, {"image": image})[0] for image in images])
+    # Sums in another order may round to the neighbouring bfloat16 in each of five layers: a few
+    # units of 2**-9; what rounding itself costs against float32 is of the same size.
+    largest = np.abs(reference).max()
+    assert np.abs(tiles - vectors).max() < 2**-7 * largest
+    assert np.abs(tiles - reference).max() < 2**-6 * largest
+    assert np.abs(vectors - reference).max() < 2**-6 * largest
 
 
 def test_layers_take_tiles_where_the_model_says_they_pay(quantized, with_tiles) -> None:
