@@ -1,7 +1,7 @@
 """Rewrites 2-D convolutions and pooling from NCHW to NHWC, weights from OIHW to OHWI.
 
-Rewrites ``relax.nn.conv2d`` and, through layout inference, what stands between convolutions.
-Transposed convolutions stay in NCHW: nothing lowers them in another layout.
+Rewrites ``relax.nn.conv2d``, ``conv2d_transpose`` of one group (whose weights stay IOHW; nothing
+lowers others in NHWC) and, through layout inference, what stands between convolutions.
 Runs after batch norm is folded and before quantization or legalization; running it twice is
 the same as once. Numerics: exact, except that sums may be taken in another order.
 """
@@ -29,12 +29,7 @@ class ToNHWC:
         names = layer_names(module["main"])
         return tvm.transform.Sequential(
             [
-                transform.ConvertLayout(
-                    {
-                        "relax.nn.conv2d": ["NHWC", "OHWI"],
-                        "relax.nn.conv2d_transpose": ["NCHW", "IOHW"],
-                    }
-                ),
+                transform.ConvertLayout({}, _layouts),
                 transform.Normalize(),
                 transform.FoldConstant(),
                 transform.CanonicalizeBindings(),
@@ -42,3 +37,15 @@ class ToNHWC:
                 KeepResultNames(names),
             ]
         )(module)
+
+
+def _layouts(call: relax.Call) -> dict[str, list[str]]:
+    """Return the layouts of a convolution's data and weights."""
+    if call.op != _TRANSPOSED:
+        return {"relax.nn.conv2d": ["NHWC", "OHWI"]}
+    plain = int(call.attrs.groups) == 1 and all(int(x) == 1 for x in call.attrs.dilation)
+    constant = isinstance(call.args[1], tvm.ir.GenericConst)
+    return {str(_TRANSPOSED.name): ["NHWC" if plain and constant else "NCHW", "IOHW"]}
+
+
+_TRANSPOSED = tvm.ir.Op.get("relax.nn.conv2d_transpose")

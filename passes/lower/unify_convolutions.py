@@ -2,12 +2,14 @@
 
 Rewrites ``relax.nn.conv1d``, ``conv1d_transpose`` and ``conv2d_transpose`` with constant weights. A
 transposed convolution of stride s is s x s convolutions of stride 1, one for each remainder of the
-output position, whose results are interleaved. Runs on NCHW modules before the layout pass; running
-it twice is the same as once. Numerics: sums may be taken in another order.
+output position, whose results are interleaved. Runs on NCHW modules before the layout pass, and
+takes transposed convolutions in NHWC from modules that had it already; running it twice is the same
+as once. Numerics: sums may be taken in another order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +69,43 @@ def phase_weight(weight: np.ndarray, rows: Phases, columns: Phases) -> np.ndarra
     ]
     phases = split.transpose(3, 5, 1, 0, 2, 4)
     return np.ascontiguousarray(phases.reshape(-1, depth, rows.taps, columns.taps))
+
+
+def interleave(
+    phases: relax.Var,
+    rows: Phases,
+    columns: Phases,
+    *,
+    size: tuple[int, int],
+    emit: Callable[[relax.Expr], relax.Var],
+) -> relax.Expr:
+    """Return the result ``[N, H, W, O]`` of a transposed convolution from those of its phases.
+
+    Parameters
+    ----------
+    phases : relax.Var
+        ``[N, h, w, s s O]``, in the order of `phase_weight`.
+    rows, columns : Phases
+        Of each axis.
+    size : tuple of int
+        Height and width of the result.
+    emit : callable
+        Binds an expression to a variable.
+    """
+    batch, down, across, channels = _ints(phases.ty.shape)
+    strides = (rows.stride, columns.stride)
+    if strides == (1, 1):
+        return phases
+    kept = channels // (strides[0] * strides[1])
+    apart = emit(relax.op.reshape(phases, (batch, down, across, *strides, kept)))
+    ordered = emit(relax.op.permute_dims(apart, [0, 1, 3, 2, 4, 5]))
+    shape = (batch, down * strides[0], across * strides[1], kept)
+    whole = relax.op.reshape(ordered, shape)
+    begin = [rows.skip, columns.skip]
+    end = [rows.skip + size[0], columns.skip + size[1]]
+    if (begin, end) == ([0, 0], [shape[1], shape[2]]):
+        return whole
+    return relax.op.strided_slice(emit(whole), axes=[1, 2], begin=begin, end=end)
 
 
 def _ints(values: object) -> list[int]:
@@ -141,8 +180,13 @@ class _Mutator(relax.PyExprMutator):  # type: ignore[misc]
 
     def _conv2d_transpose(self, call: relax.Call) -> relax.Expr:
         attrs = call.attrs
-        fits = attrs.data_layout == "NCHW" and attrs.kernel_layout == "IOHW"
-        if not fits or int(attrs.groups) != 1 or _ints(attrs.dilation) != [1, 1]:
+        if attrs.kernel_layout != "IOHW" or attrs.data_layout not in ("NCHW", "NHWC"):
+            return call
+        plain = int(attrs.groups) == 1 and _ints(attrs.dilation) == [1, 1]
+        if attrs.data_layout == "NHWC":
+            result = self._transposed_last(call) if plain else None
+            return call if result is None else result
+        if not plain:
             return call
         data, weight = call.args
         top, left = _ints(attrs.padding)[:2]
@@ -156,6 +200,37 @@ class _Mutator(relax.PyExprMutator):  # type: ignore[misc]
             result=(batch, kept, height, width),
         )
         return call if result is None else result
+
+    def _transposed_last(self, call: relax.Call) -> relax.Expr | None:
+        """Write a transposed convolution over NHWC, if its phases fit."""
+        data, weight = call.args
+        _, height, width, _ = _ints(call.ty.shape)
+        _, in_height, in_width, _ = _ints(data.ty.shape)
+        values = weight.value.numpy()
+        strides, before = _ints(call.attrs.strides), _ints(call.attrs.padding)[:2]
+        rows, columns = (
+            Phases.of(size=size, taps=taps, stride=stride, before=first, result=result)
+            for size, taps, stride, first, result in zip(
+                (in_height, in_width),
+                values.shape[2:],
+                strides,
+                before,
+                (height, width),
+                strict=True,
+            )
+        )
+        if min(*rows.padding, *columns.padding) < 0:
+            return None
+        phases = self._emit(
+            relax.op.nn.conv2d(
+                data,
+                relax.const(phase_weight(values, rows, columns).transpose(0, 2, 3, 1).copy()),
+                padding=(rows.padding[0], columns.padding[0], rows.padding[1], columns.padding[1]),
+                data_layout="NHWC",
+                kernel_layout="OHWI",
+            )
+        )
+        return interleave(phases, rows, columns, size=(height, width), emit=self._emit)
 
     def _transposed(
         self,

@@ -126,9 +126,10 @@ def _mean_output(site: Site, weight: np.ndarray, data: np.ndarray) -> np.ndarray
     if site.kind is Kind.DENSE:
         return np.asarray(weight @ data.reshape(-1, data.shape[-1]).mean(0))
     windows = _mean_windows(site, data)
-    if weight.shape[-1] == windows.shape[-1]:
-        return np.asarray(np.einsum("krsc,rsc->k", weight, windows))
-    return np.asarray(np.einsum("krs,rsk->k", weight[..., 0], windows))
+    groups, taps = int(site.call.attrs.groups), weight.shape[1:3]
+    grouped = weight.reshape(groups, -1, *weight.shape[1:])
+    means = np.einsum("gkrsc,rsgc->gk", grouped, windows.reshape(*taps, groups, -1))
+    return np.asarray(means.reshape(-1))
 
 
 def _mean_windows(site: Site, data: np.ndarray) -> np.ndarray:

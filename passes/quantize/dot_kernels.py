@@ -18,7 +18,7 @@ from hone.passes.lower.conv2d import Window
 from hone.targets.dot_intrinsics import integer_product
 from hone.targets.integer_dot import GROUP
 
-from .kernels import level
+from .kernels import level, total
 
 
 def rounded_up(extent: int, step: int) -> int:
@@ -97,6 +97,8 @@ def conv2d(
     tile_columns: int,
     offset: int,
     out_dtype: str,
+    offsets: te.Tensor | None = None,
+    window_sums: te.Tensor | None = None,
 ) -> te.Tensor:
     """Return ``hone.conv2d_int8`` with weights packed by `pack_conv2d`.
 
@@ -108,7 +110,7 @@ def conv2d(
         ``[ceil(K / tk), R, taps, groups, tk, GROUP]``.
     bias, multiplier : te.Tensor
         ``[K]``.
-    levels, residual, residual_multiplier : te.Tensor
+    levels, residual, residual_multiplier, offsets, window_sums : te.Tensor
         See `hone.passes.quantize.operators.conv2d_int8`.
     window : Window
         Geometry.
@@ -152,7 +154,7 @@ def conv2d(
     return te.compute(
         (window.shape[0], height, width, int(bias.shape[0])),
         lambda *i: level(
-            sums[i] + bias[i[3]],
+            total(sums[i], i, bias, offsets, window_sums),
             i,
             multiplier[i[3]],
             levels,
@@ -222,6 +224,8 @@ def dense(
     what is computed twice is cut off.
     """
     rows, depth = (int(extent) for extent in data.shape)
+    offsets: te.Tensor | None = None,
+    window_sums: te.Tensor | None = None,
     channels = int(bias.shape[0])
     blocks, groups, tile, _ = (int(extent) for extent in weight.shape)
     source = data
@@ -245,7 +249,7 @@ def dense(
     return te.compute(
         (rows, channels),
         lambda *i: level(
-            sums[i] + bias[i[1]],
+            total(sums[i], i, bias, offsets, window_sums),
             i,
             multiplier[i[1]],
             levels,

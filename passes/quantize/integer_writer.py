@@ -5,17 +5,21 @@ Every site becomes one operator under its layer's name. Numerics: see `integer_l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from tvm import relax
 from tvm.ir import Op
 
-from hone.passes.graph.dataflow import PART, Dataflow, Rebuilder
+from hone.passes.graph.dataflow import PART, Dataflow, Rebuilder, shape_of
 
 from . import operators
+from .convolution_form import form_of
 from .integer_layer import IntegerLayer
 from .qparams import UINT8, QParams
 from .site import Kind, Site, Survey
+from .weight_offsets import Emit
+from .weighted_writer import WeightedWriter
 
 
 class IntegerWriter:
@@ -27,8 +31,8 @@ class IntegerWriter:
         The float function; stays as it is.
     found : Survey
         Of that function.
-    layers : mapping of Var to IntegerLayer
-        Constants of each site, by its result.
+    layers : mapping of Var to tuple of IntegerLayer
+        Constants of each site's operators, by its result.
     qparams : mapping of Var to QParams
         Of each tensor that is read as integers.
 
@@ -44,7 +48,7 @@ class IntegerWriter:
         self,
         function: relax.Function,
         found: Survey,
-        layers: Mapping[relax.Var, IntegerLayer],
+        layers: Mapping[relax.Var, tuple[IntegerLayer, ...]],
         qparams: Mapping[relax.Var, QParams],
     ) -> None:
         self._function = function
@@ -54,6 +58,7 @@ class IntegerWriter:
         self._layers = layers
         self._qparams = qparams
         self._rebuilder = Rebuilder(function)
+        self._weighted = WeightedWriter(self._rebuilder.emit)
         self._levels: dict[relax.Var, relax.Var] = {}
         self._float = self._read_as_float()
         self.conversions: list[str] = []
@@ -83,7 +88,7 @@ class IntegerWriter:
 
     def _write_site(self, site: Site) -> None:
         inputs = [self._read_levels(x) for x in site.inputs]
-        call = _operator(site, self._layers[site.output], inputs)
+        call = self._operator(site, self._layers[site.output], inputs)
         if site.levels:
             self._set_levels(site.output, call, site.layer)
             result = self._levels[site.output]
@@ -118,44 +123,85 @@ class IntegerWriter:
             return relax.op.maximum(levels, zero)
         return relax.Call(call.op, [levels, *call.args[1:]], call.attrs, call.ty_args)
 
+    def _operator(
+        self, site: Site, layers: tuple[IntegerLayer, ...], inputs: list[relax.Var]
+    ) -> relax.Expr:
+        attrs = site.call.attrs
+        dtype = UINT8.dtype if site.levels else "float32"
+        constants = [relax.const(layers[0].multiplier), relax.const(layers[0].levels)]
+        if site.kind is Kind.ADD:
+            return operators.add_int8(*inputs, *constants, out_dtype=dtype)
+        if site.kind is Kind.MULTIPLY:
+            return operators.multiply_int8(*inputs, *constants, out_dtype=dtype)
+        if site.kind is Kind.TABLE:
+            return operators.table_int8(inputs[0], relax.const(layers[0].levels))
+        if site.kind is Kind.CONCAT:
+            return self._concatenated(site, layers, inputs)
+        if site.kind is Kind.MEAN:
+            return operators.mean_int8(
+                *inputs, *constants, axis=attrs.axis, keepdims=attrs.keepdims, out_dtype=dtype
+            )
+        if site.kind is Kind.AVG_POOL2D:
+            return operators.avg_pool2d_int8(
+                *inputs,
+                *constants,
+                pool_size=attrs.pool_size,
+                strides=attrs.strides,
+                padding=attrs.padding,
+                dilation=attrs.dilation,
+                out_dtype=dtype,
+            )
+        data, residual = inputs[0], inputs[1] if site.residual else None
+        if site.kind is Kind.DENSE:
+            return self._weighted.dense(
+                layers[0], data, residual, layer=site.layer, out_dtype=dtype
+            )
+        form = form_of(site.call)
+        if isinstance(form, str):
+            raise ValueError(form)
+        return self._weighted.convolution(
+            form, layers, data, residual, layer=site.layer, out_dtype=dtype
+        )
+
+    def _concatenated(
+        self, site: Site, layers: tuple[IntegerLayer, ...], inputs: list[relax.Var]
+    ) -> relax.Expr:
+        output, clips = self._qparams[site.output], (site.low, site.high) != (-math.inf, math.inf)
+        parts = []
+        for source, var, layer in zip(site.inputs, inputs, layers, strict=True):
+            if clips or not same_levels(self._qparams[source], output):
+                name = f"{site.layer}{PART}rescale"
+                var = rescale(self._rebuilder.emit, var, layer, name)
+            parts.append(var)
+        return relax.op.concat(parts, site.call.attrs.axis)
+
+
+def rescale(emit: Emit, levels: relax.Var, constants: IntegerLayer, name: str) -> relax.Var:
+    """Write levels of another scale: the mean over an axis of extent 1, requantized.
+
+    Parameters
+    ----------
+    emit : callable
+        Binds an expression to a variable of a name.
+    levels : relax.Var
+        Of any shape.
+    constants : IntegerLayer
+        Of `rescaling`.
+    name : str
+        Of the bindings.
+    """
+    data = emit(relax.op.reshape(levels, (1, *shape_of(levels))), name)
+    arguments = [relax.const(constants.multiplier), relax.const(constants.levels)]
+    return emit(operators.mean_int8(data, *arguments, axis=[0]), name)
+
+
+def same_levels(left: QParams, right: QParams) -> bool:
+    """Tell whether levels of two tensors mean the same, each per tensor."""
+    return bool(left.scale == right.scale and left.zero_point == right.zero_point)
+
 
 def _scalars(qparams: QParams) -> tuple[relax.Expr, relax.Expr]:
     return relax.const(qparams.scale), relax.const(qparams.zero_point)
-
-
-def _operator(site: Site, layer: IntegerLayer, inputs: list[relax.Var]) -> relax.Call:
-    attrs = site.call.attrs
-    dtype = UINT8.dtype if site.levels else "float32"
-    constants = [relax.const(layer.multiplier), relax.const(layer.levels)]
-    if site.kind is Kind.ADD:
-        return operators.add_int8(*inputs, *constants, out_dtype=dtype)
-    if site.kind is Kind.MEAN:
-        return operators.mean_int8(
-            *inputs, *constants, axis=attrs.axis, keepdims=attrs.keepdims, out_dtype=dtype
-        )
-    if site.kind is Kind.AVG_POOL2D:
-        return operators.avg_pool2d_int8(
-            *inputs,
-            *constants,
-            pool_size=attrs.pool_size,
-            strides=attrs.strides,
-            padding=attrs.padding,
-            dilation=attrs.dilation,
-            out_dtype=dtype,
-        )
-    arguments = [inputs[0], relax.const(layer.weight), relax.const(layer.bias), *constants]
-    if site.residual:
-        arguments += [inputs[1], relax.const(layer.residual_multiplier)]
-    if site.kind is Kind.DENSE:
-        return operators.dense_int8(*arguments, out_dtype=dtype)
-    return operators.conv2d_int8(
-        *arguments,
-        strides=attrs.strides,
-        padding=attrs.padding,
-        dilation=attrs.dilation,
-        groups=attrs.groups,
-        out_dtype=dtype,
-    )
 
 
 _RELU = Op.get("relax.nn.relu")

@@ -3,7 +3,9 @@
 Stages are named for the scheduler: ``conv_pad``, ``conv_acc``; ``dw_pad``, ``dw_acc`` (depthwise
 and window averages); ``mm_acc``; and ``requantize``, the one stage after the sum. Sums are int32
 over ``int32(level) × int32(weight)``, exact as long as no sum leaves int32, which `QuantizeInt8`
-proves for each layer before it makes the operator. Numerics: exact; see `arithmetic`.
+proves for each layer before it makes the operator. An offset of an output channel's weights is not
+multiplied with every level: it is worth that number times the sum of the levels, which is taken
+once for all channels. Numerics: exact; see `arithmetic`.
 """
 
 from __future__ import annotations
@@ -41,6 +43,21 @@ def level(
     return arithmetic.round_fixed_point(fixed, **output)
 
 
+def total(
+    sums: Expr,
+    index: Sequence[Expr],
+    bias: te.Tensor,
+    offsets: te.Tensor | None,
+    window_sums: te.Tensor | None,
+) -> Expr:
+    """Return one int32 sum with its bias and, where weights have offsets, what those add."""
+    channel = index[-1]
+    sums = sums + bias[channel]
+    if offsets is None or window_sums is None:
+        return sums
+    return sums + offsets[channel] * window_sums(*index[:-1], 0)
+
+
 def conv2d(
     data: te.Tensor,
     weight: te.Tensor,
@@ -49,6 +66,8 @@ def conv2d(
     levels: te.Tensor,
     residual: te.Tensor | None = None,
     residual_multiplier: te.Tensor | None = None,
+    offsets: te.Tensor | None = None,
+    window_sums: te.Tensor | None = None,
     *,
     window: Window,
     tile_columns: int,
@@ -64,7 +83,7 @@ def conv2d(
         ``[ceil(K / tk), R, S, C, tk]``.
     bias, multiplier : te.Tensor
         ``[K]``.
-    levels, residual, residual_multiplier : te.Tensor
+    levels, residual, residual_multiplier, offsets, window_sums : te.Tensor
         See `hone.passes.quantize.operators.conv2d_int8`.
     window : Window
         Geometry.
@@ -107,7 +126,7 @@ def conv2d(
     return te.compute(
         (window.shape[0], height, width, channels),
         lambda *i: level(
-            sums[i] + bias[i[3]],
+            total(sums[i], i, bias, offsets, window_sums),
             i,
             multiplier[i[3]],
             levels,
@@ -175,6 +194,8 @@ def dense(
     levels: te.Tensor,
     residual: te.Tensor | None = None,
     residual_multiplier: te.Tensor | None = None,
+    offsets: te.Tensor | None = None,
+    window_sums: te.Tensor | None = None,
     *,
     out_dtype: str,
 ) -> te.Tensor:
@@ -192,7 +213,7 @@ def dense(
     return te.compute(
         (rows, channels),
         lambda *i: level(
-            sums[i] + bias[i[1]],
+            total(sums[i], i, bias, offsets, window_sums),
             i,
             multiplier[i[1]],
             levels,
@@ -202,6 +223,37 @@ def dense(
         ),
         name="requantize",
     )
+
+
+def row_sums(data: te.Tensor) -> te.Tensor:
+    """Return ``hone.row_sums``."""
+    c = te.reduce_axis((0, int(data.shape[-1])), "c")
+    return te.compute(
+        data.shape[:-1], lambda *i: te.sum(as_int32(data(*i, c)), axis=c), name="row_sums"
+    )
+
+
+def window_sums(data: te.Tensor, border: te.Tensor, *, window: Window) -> te.Tensor:
+    """Return ``hone.window_sums``, ``[N, OH, OW]``, of ``[N, H, W]``."""
+    batch, height, width, _ = window.shape
+    top, left, bottom, right = window.padding
+
+    def inside(n: tirx.Var, h: tirx.Var, w: tirx.Var) -> Expr:
+        bounds = [h >= top, h < height + top, w >= left, w < width + left]
+        return tirx.if_then_else(tirx.all(*bounds), data[n, h - top, w - left], border[0])
+
+    padded = data
+    if any(window.padding):
+        shape = (batch, height + top + bottom, width + left + right)
+        padded = te.compute(shape, inside, name="sums_pad")
+    r, s = te.reduce_axis((0, window.taps[0]), "r"), te.reduce_axis((0, window.taps[1]), "s")
+
+    def element(n: tirx.Var, h: tirx.Var, w: tirx.Var) -> Expr:
+        y = h * window.strides[0] + r * window.dilation[0]
+        x = w * window.strides[1] + s * window.dilation[1]
+        return te.sum(padded[n, y, x], axis=[r, s])
+
+    return te.compute((batch, *window.output), element, name="window_sums")
 
 
 def add(
@@ -217,6 +269,36 @@ def add(
         )
 
     return te.compute(left.shape, element, name="requantize")
+
+
+def multiply(
+    left: te.Tensor, right: te.Tensor, multiplier: te.Tensor, levels: te.Tensor, *, out_dtype: str
+) -> te.Tensor:
+    """Return ``hone.multiply_int8``."""
+    shapes = [[int(extent) for extent in x.shape] for x in (left, right)]
+
+    def read(tensor: te.Tensor, shape: list[int], i: Sequence[tirx.Var]) -> Expr:
+        return tensor(*(0 if extent == 1 else at for extent, at in zip(shape, i, strict=True)))
+
+    def element(*i: tirx.Var) -> Expr:
+        first = as_int32(read(left, shapes[0], i)) - levels[0]
+        second = as_int32(read(right, shapes[1], i)) - levels[1]
+        return arithmetic.requantize(
+            first * second,
+            multiplier[0],
+            zero_point=levels[2],
+            low=levels[3],
+            high=levels[4],
+            dtype=out_dtype,
+        )
+
+    shape = [max(a, b) for a, b in zip(*shapes, strict=True)]
+    return te.compute(shape, element, name="requantize")
+
+
+def table(data: te.Tensor, values: te.Tensor) -> te.Tensor:
+    """Return ``hone.table_int8``."""
+    return te.compute(data.shape, lambda *i: values[as_int32(data(*i))], name="look_up")
 
 
 def avg_pool2d(

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, te
 
 from hone.errors import ModelError
 from hone.passes.lower.anchors import ANCHOR
@@ -49,7 +49,11 @@ def _rules(choose: Callable[..., Tile], lanes: int) -> dict[str, Legalization]:
     return {
         "hone.conv2d_int8": partial(_conv2d, choose, lanes),
         "hone.dense_int8": partial(_dense, choose, lanes),
+        "hone.row_sums": _row_sums,
+        "hone.window_sums": _window_sums,
         "hone.add_int8": _add,
+        "hone.multiply_int8": _multiply,
+        "hone.table_int8": _table,
         "hone.avg_pool2d_int8": _avg_pool2d,
         "hone.mean_int8": _mean,
         "hone.quantize": _quantize,
@@ -107,8 +111,9 @@ def _conv2d(
         )
     height, width = window.output
     tile = choose(height=height, width=width, channels=channels, depth=depth, taps=taps_h * taps_w)
+    kernel = partial(kernels.conv2d, window=window, tile_columns=tile.columns, out_dtype=dtype)
     return bb.call_te(
-        partial(kernels.conv2d, window=window, tile_columns=tile.columns, out_dtype=dtype),
+        _in_order(call)(kernel),
         data,
         relax.const(pack_conv2d_weight(weight, tile.vectors * lanes)),
         *others,
@@ -123,11 +128,11 @@ def _dense(
     weight = _constant(call, 1)
     channels, depth = weight.shape
     data, _, bias, *others = call.args
-    data, others, shape = _as_rows(bb, data, others, channels)
+    data, others, shape = _as_rows(bb, data, others)
     rows = int(data.ty.shape[0])
     tile = choose(height=1, width=rows, channels=channels, depth=depth, taps=1)
     product = bb.call_te(
-        partial(kernels.dense, out_dtype=_dtype(call)),
+        _in_order(call)(partial(kernels.dense, out_dtype=_dtype(call))),
         data,
         relax.const(pack_dense_weight(weight.T, tile.vectors * lanes)),
         bias,
@@ -147,7 +152,13 @@ def _dot_conv2d(
     weight = _constant(call, 1)
     window = _window(call, weight.shape[1:3])
     tiles = tile_kernels.lower_conv2d(
-        machine, bb, [data, bias, *others], weight, window, out_dtype=_dtype(call)
+        machine,
+        bb,
+        [data, bias, *others],
+        weight,
+        window,
+        out_dtype=_dtype(call),
+        wrap=_in_order(call),
     )
     if tiles is not None:
         return tiles
@@ -163,14 +174,7 @@ def _dot_conv2d(
     )
     offset = LEVEL_OFFSET.get(machine.integer_dot, 0)
     return bb.call_te(
-        partial(
-            dot_kernels.conv2d,
-            window=window,
-            rows=cut,
-            tile_columns=tile.columns,
-            offset=offset,
-            out_dtype=_dtype(call),
-        ),
+        _in_order(call)(kernel),
         data,
         relax.const(dot_kernels.pack_conv2d(weight, cut, tile.vectors * machine.lanes)),
         _corrected(bb, bias, weight, offset),
@@ -184,14 +188,27 @@ def _dot_dense(
     machine: Machine, plain: Legalization, bb: relax.BlockBuilder, call: relax.Call
 ) -> relax.Expr:
     data, _, bias, *others = call.args
+    kernel = partial(
+        dot_kernels.conv2d,
+        window=window,
+        rows=cut,
+        tile_columns=tile.columns,
+        offset=offset,
+        out_dtype=_dtype(call),
+    )
     if str(data.ty.dtype) != "uint8":
         return plain(bb, call)
     weight = _constant(call, 1)
     channels, depth = weight.shape
-    data, others, shape = _as_rows(bb, data, others, channels)
+    data, others, shape = _as_rows(bb, data, others)
     rows = int(data.ty.shape[0])
     tiles = tile_kernels.lower_dense(
-        machine, bb, [data, bias, *others], weight, out_dtype=_dtype(call)
+        machine,
+        bb,
+        [data, bias, *others],
+        weight,
+        out_dtype=_dtype(call),
+        wrap=_in_order(call),
     )
     if tiles is not None:
         return _in_shape(bb, tiles, shape, channels)
@@ -199,7 +216,7 @@ def _dot_dense(
     tile = choose_dot_tile(machine, height=1, width=rows, channels=channels, depth=groups, taps=1)
     offset = LEVEL_OFFSET.get(machine.integer_dot, 0)
     product = bb.call_te(
-        partial(dot_kernels.dense, tile_rows=tile.columns, offset=offset, out_dtype=_dtype(call)),
+        _in_order(call)(kernel),
         data,
         relax.const(dot_kernels.pack_dense(weight, tile.vectors * machine.lanes)),
         _corrected(bb, bias, weight, offset),
@@ -221,19 +238,23 @@ def _corrected(
 
 
 def _as_rows(
-    bb: relax.BlockBuilder, data: relax.Expr, others: list[relax.Expr], channels: int
+    bb: relax.BlockBuilder, data: relax.Expr, others: list[relax.Expr]
 ) -> tuple[relax.Expr, list[relax.Expr], list[int]]:
     """Return the data and the residual of a matrix product as matrices, and the data's shape.
 
-    ``others`` holds multiplier, levels and, with a residual, that and its multiplier.
+    ``others`` are the arguments after the bias; a residual and sums of rows have the data's rows.
     """
     shape = [int(extent) for extent in data.ty.shape]
     if len(shape) > 2:
         rows = math.prod(shape[:-1])
+    kernel = partial(
+        dot_kernels.dense, tile_rows=tile.columns, offset=offset, out_dtype=_dtype(call)
+    )
         data = bb.emit(relax.op.reshape(data, (rows, shape[-1])))
-        if len(others) > 2:
-            residual = bb.emit(relax.op.reshape(others[2], (rows, channels)))
-            others = [*others[:2], residual, *others[3:]]
+        others = [
+            bb.emit(relax.op.reshape(x, (rows, int(x.ty.shape[-1])))) if _rank(x) > 2 else x
+            for x in others
+        ]
     return data, others, shape
 
 
@@ -252,6 +273,25 @@ def _add(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 
 
 def _avg_pool2d(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+def _in_order(call: relax.Call) -> tile_kernels.Wrap:
+    """Return what makes a kernel take the arguments of a call: offsets without a residual too."""
+    if not bool(call.attrs["offsets"]):
+        return _as_it_is
+    return _with_offsets
+
+
+def _as_it_is(kernel: tile_kernels.Kernel) -> tile_kernels.Kernel:
+    return kernel
+
+
+def _with_offsets(kernel: tile_kernels.Kernel) -> tile_kernels.Kernel:
+    def reordered(*arguments: te.Tensor) -> te.Tensor:
+        *others, offsets, window_sums = arguments
+        return kernel(*others, offsets=offsets, window_sums=window_sums)
+
+    return reordered
+
+
     window = _window(call, _ints(call, "pool_size"))
     return bb.call_te(
         partial(kernels.avg_pool2d, window=window, out_dtype=_dtype(call)),
@@ -269,6 +309,10 @@ def _mean(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         primfunc_name_hint="mean_int8",
         primfunc_attrs=ANCHOR,
     )
+def _rank(value: relax.Expr) -> int:
+    return len(value.ty.shape)
+
+
 
 
 def _quantize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -278,10 +322,34 @@ def _quantize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 
 def _dequantize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     return bb.call_te(kernels.dequantize, *call.args, primfunc_name_hint="dequantize")
+def _row_sums(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    shape = [int(extent) for extent in call.args[0].ty.shape]
+    sums = bb.call_te(kernels.row_sums, call.args[0], primfunc_name_hint="row_sums")
+    return relax.op.reshape(bb.emit(sums), (*shape[:-1], 1))
+
+
+def _window_sums(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    data, border = call.args
+    window = _window(call, _ints(call, "taps"))
+    image = bb.emit(relax.op.reshape(data, window.shape[:3]))
+    kernel = partial(kernels.window_sums, window=window)
+    sums = bb.call_te(kernel, image, border, primfunc_name_hint="window_sums")
+    return relax.op.reshape(bb.emit(sums), (window.shape[0], *window.output, 1))
+
+
 
 
 def _one_vector(**_shape: int) -> Tile:
     return Tile(rows=1, columns=1, vectors=1)
+
+def _multiply(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    kernel = partial(kernels.multiply, out_dtype=_dtype(call))
+    return bb.call_te(kernel, *call.args, primfunc_name_hint="multiply_int8")
+
+
+def _table(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    return bb.call_te(kernels.table, *call.args, primfunc_name_hint="table_int8")
+
 
 
 def _register() -> None:

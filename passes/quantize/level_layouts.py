@@ -13,7 +13,8 @@ from tvm import relax
 
 from hone.passes.graph.dataflow import PART, Rebuilder, shape_of
 
-from .qdq_reader import SHIFT, Levels
+from .levels import Levels
+from .qdq_reader import SHIFT
 
 
 class Layout(StrEnum):

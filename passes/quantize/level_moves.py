@@ -1,7 +1,7 @@
 """Operators that move levels or pick among them, and never change what a level means.
 
-Shapes, transpositions, slices, maximum pooling, clipping and concatenation work on levels as they
-are, because levels are in the order of the real values. Numerics: exact.
+Shapes, transpositions, slices, resizing to the nearest, maximum pooling and clipping work on levels
+as they are, because levels are in the order of the real values. Numerics: exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tvm.ir import Op
 from hone.passes.graph.dataflow import Dataflow, Rebuilder, layer_of, shape_of, with_args
 
 from .level_layouts import Layout, LevelLayouts, LevelTensor
-from .qdq_layers import bounds_in, bounds_of
+from .qdq_layers import bounds_of
 from .qdq_reader import levels_of_dequantize
 
 Source = Callable[[relax.Var], LevelTensor]
@@ -49,6 +49,11 @@ class LevelMoves:
         if levels_of_dequantize(call) is not None:
             return True
         return _keeps_levels(call) and self.has_levels(_moved_argument(call))
+
+    def is_moved(self, expr: relax.Expr) -> bool:
+        """Tell whether an expression is dequantized, or moved without being clipped."""
+        call = self._graph.call(self._graph.resolve(expr))
+        return call is not None and bounds_of(call) is None and self.has_levels(expr)
 
     def levels(self, expr: relax.Expr, source: Source) -> LevelTensor:
         """Return the levels of an expression for which `has_levels` holds."""
@@ -89,7 +94,7 @@ class LevelMoves:
 
     def clipped(self, given: LevelTensor, low: float, high: float, name: str) -> LevelTensor:
         """Return levels clipped to real bounds; bounds at the ends of the range clip nothing."""
-        _, least, most = bounds_in(given.levels, low, high)
+        _, least, most = given.levels.bounds(low, high)
         var = given.var
         if least > 0:
             var = self._rebuilder.emit(relax.op.maximum(var, relax.const(least, "uint8")), name)
@@ -110,9 +115,12 @@ def _keeps_levels(call: relax.Call) -> bool:
         return all(x == 0 or math.isinf(x) for x in bounds[1:])
     if call.op == _MAX_POOL2D:
         return str(call.attrs.layout) == "NCHW" and len(shape_of(call)) == 4
+    if call.op == _RESIZE:
+        return str(call.attrs.method) == "nearest_neighbor"
     return call.op in _MOVES
 
 
+_RESIZE = Op.get("relax.image.resize2d")
 _MAX_POOL2D = Op.get("relax.nn.max_pool2d")
 _MOVES = tuple(
     Op.get(f"relax.{name}")

@@ -15,11 +15,13 @@ import tvm
 from tvm import relax
 from tvm.ir import Op
 
+from hone.passes.apply import apply
 from hone.passes.graph.dataflow import Dataflow, layer_of
 
 from .qdq_reader import levels_of_dequantize
 from .qdq_writer import QdqWriter
 from .quantize_int8 import Quantization
+from .slice_splits import SliceSplits
 
 QDQ_ATTRIBUTE = "hone.qdq"
 """Marks a function whose conversions come from the model, not from hone's own quantization."""
@@ -46,6 +48,7 @@ def match_qdq(module: tvm.IRModule) -> Quantization:
     """
     if not is_qdq(module):
         return Quantization(module=module, quantized=(), skipped=(), conversions=())
+    module = apply(module, SliceSplits())
     writer = QdqWriter(module["main"])
     function = writer.write().without_attr(QDQ_ATTRIBUTE)
     rewritten = module.clone()

@@ -39,6 +39,8 @@ def conv2d_int8(
     residual: relax.Expr | None = None,
     residual_multiplier: relax.Expr | None = None,
     *,
+    weight_offsets: relax.Expr | None = None,
+    window_sums: relax.Expr | None = None,
     strides: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0, 0, 0),
     dilation: Sequence[int] = (1, 1),
@@ -55,10 +57,10 @@ def conv2d_int8(
     data : relax.Expr
         Levels ``[N, H, W, C]``.
     weight : relax.Expr
-        int8 ``[K, R, S, C // groups]``.
+        int8 ``[K, R, S, C // groups]``; of one filter for each channel also int16.
     bias : relax.Expr
         int32 ``[K]``, in steps of ``scale_data × scale_weight[k]``, less
-        ``zero_point_data × sum(weight[k])``.
+        ``zero_point_data × sum(weight[k])``, with the offsets in the weights.
     multiplier : relax.Expr
         float32 ``[K]``: ``scale_data × scale_weight[k] / scale_output``; with a residual that
         times ``2**GUARD_BITS``; for a float32 output ``scale_data × scale_weight[k]``.
@@ -68,6 +70,13 @@ def conv2d_int8(
         Levels of the output's shape, added before the output is rounded.
     residual_multiplier : relax.Expr, optional
         float32 ``[1]``: ``scale_residual / scale_output × 2**GUARD_BITS``.
+    weight_offsets : relax.Expr, optional
+        int32 ``[K]``, added to every weight of an output channel: weights of 9 bits, which are what
+        8-bit levels less a zero point of their own take. Worth ``offset[k]`` times the sum of the
+        levels under the window, the same for all channels.
+    window_sums : relax.Expr, optional
+        int32 ``[N, OH, OW, 1]``, those sums, zero points in the padding included: of `row_sums`
+        and, where the window is more than one pixel, `window_sums`.
     strides, dilation : sequence of int
         ``(height, width)``.
     padding : sequence of int
@@ -89,7 +98,12 @@ def conv2d_int8(
     """
     return _call(
         "hone.conv2d_int8",
-        _with_residual([data, weight, bias, multiplier, levels], residual, residual_multiplier),
+        _optional(
+            [data, weight, bias, multiplier, levels],
+            (residual, residual_multiplier, "a residual and its multiplier"),
+            (weight_offsets, window_sums, "offsets of the weights and the sums that they multiply"),
+        ),
+        offsets=weight_offsets is not None,
         strides=[int(x) for x in strides],
         padding=[int(x) for x in padding],
         dilation=[int(x) for x in dilation],
@@ -107,6 +121,8 @@ def dense_int8(
     residual: relax.Expr | None = None,
     residual_multiplier: relax.Expr | None = None,
     *,
+    weight_offsets: relax.Expr | None = None,
+    window_sums: relax.Expr | None = None,
     out_dtype: str = "uint8",
 ) -> relax.Call:
     """Matrix product of levels with constant weights, requantized.
@@ -117,8 +133,10 @@ def dense_int8(
         Levels ``[..., C]``.
     weight : relax.Expr
         int8 ``[K, C]``: output channels first, as in `conv2d_int8`.
-    bias, multiplier, levels, residual, residual_multiplier, out_dtype
+    bias, multiplier, levels, residual, residual_multiplier, weight_offsets, out_dtype
         As for `conv2d_int8`.
+    window_sums : relax.Expr, optional
+        int32 ``[..., 1]`` of `row_sums`.
 
     Returns
     -------
@@ -132,8 +150,61 @@ def dense_int8(
     """
     return _call(
         "hone.dense_int8",
-        _with_residual([data, weight, bias, multiplier, levels], residual, residual_multiplier),
+        _optional(
+            [data, weight, bias, multiplier, levels],
+            (residual, residual_multiplier, "a residual and its multiplier"),
+            (weight_offsets, window_sums, "offsets of the weights and the sums that they multiply"),
+        ),
+        offsets=weight_offsets is not None,
         out_dtype=out_dtype,
+    )
+
+
+def row_sums(data: relax.Expr) -> relax.Call:
+    """Sum of the levels of each row or pixel, int32: ``[..., C] → [..., 1]``.
+
+    Parameters
+    ----------
+    data : relax.Expr
+        Levels.
+    """
+    return _call("hone.row_sums", [data])
+
+
+def window_sums(
+    data: relax.Expr,
+    border: relax.Expr,
+    *,
+    taps: Sequence[int],
+    strides: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> relax.Call:
+    """Sum of `row_sums` under each position of a window, int32.
+
+    Parameters
+    ----------
+    data : relax.Expr
+        int32 ``[N, H, W, 1]``.
+    border : relax.Expr
+        int32 ``[1]``, what stands in the padding: the data's zero point times its channels.
+    taps, strides, dilation : sequence of int
+        ``(height, width)``.
+    padding : sequence of int
+        ``(top, left, bottom, right)``.
+
+    Returns
+    -------
+    relax.Call
+        int32 ``[N, OH, OW, 1]``.
+    """
+    return _call(
+        "hone.window_sums",
+        [data, border],
+        taps=[int(x) for x in taps],
+        strides=[int(x) for x in strides],
+        padding=[int(x) for x in padding],
+        dilation=[int(x) for x in dilation],
     )
 
 
@@ -159,6 +230,43 @@ def add_int8(
         ``uint8`` or ``int8``.
     """
     return _call("hone.add_int8", [left, right, multipliers, levels], out_dtype=out_dtype)
+
+
+def multiply_int8(
+    left: relax.Expr,
+    right: relax.Expr,
+    multiplier: relax.Expr,
+    levels: relax.Expr,
+    *,
+    out_dtype: str = "uint8",
+) -> relax.Call:
+    """Product of two tensors of levels, element by element, requantized.
+
+    Parameters
+    ----------
+    left, right : relax.Expr
+        Levels of one rank; axes of extent 1 are repeated.
+    multiplier : relax.Expr
+        float32 ``[1]``: ``scale_left × scale_right / scale_output``.
+    levels : relax.Expr
+        int32 ``[5]``: left and right zero point, output zero point, lowest, highest level.
+    out_dtype : str
+        ``uint8`` or ``int8``.
+    """
+    return _call("hone.multiply_int8", [left, right, multiplier, levels], out_dtype=out_dtype)
+
+
+def table_int8(data: relax.Expr, table: relax.Expr) -> relax.Call:
+    """Look up each level; any function of one tensor is such a table, see `level_tables`.
+
+    Parameters
+    ----------
+    data : relax.Expr
+        uint8, any shape.
+    table : relax.Expr
+        uint8 ``[256]``.
+    """
+    return _call("hone.table_int8", [data, table])
 
 
 def avg_pool2d_int8(
@@ -271,12 +379,15 @@ def dequantize(data: relax.Expr, scale: relax.Expr, zero_point: relax.Expr) -> r
     return _call("hone.dequantize", [data, scale, zero_point])
 
 
-def _with_residual(
-    arguments: list[relax.Expr], residual: relax.Expr | None, multiplier: relax.Expr | None
+def _optional(
+    arguments: list[relax.Expr], *pairs: tuple[relax.Expr | None, relax.Expr | None, str]
 ) -> list[relax.Expr]:
-    if (residual is None) != (multiplier is None):
-        raise ModelError("a residual and its multiplier come together or not at all")
-    return arguments if residual is None else [*arguments, residual, multiplier]
+    for first, second, what in pairs:
+        if first is not None and second is not None:
+            arguments = [*arguments, first, second]
+        elif first is not None or second is not None:
+            raise ModelError(f"{what} come together or not at all")
+    return arguments
 
 
 def _call(name: str, arguments: list[relax.Expr], **attributes: Any) -> relax.Call:

@@ -1,4 +1,4 @@
-"""Finds the convolutions and matrix products of a QDQ module, and computes their constants.
+"""Finds the convolutions and matrix products of a QDQ module.
 
 A *site* is ``dequantize(x) → convolution or product with integer weights → [+ bias] →
 [+ dequantize(r)] → [ReLU, clip] → quantize``; one that no quantization follows has float results.
@@ -17,10 +17,12 @@ from tvm.ir import GenericConst, Op
 
 from hone.passes.graph.dataflow import Dataflow, shape_of
 
-from .arithmetic import FIXED_LIMIT, GUARD_BITS
-from .integer_layer import INT32_MAX, IntegerLayer
-from .qdq_reader import Levels, Weight, constant_of, weight_of
+from .convolution_form import Form, form_of
+from .integer_layer import IntegerLayer, weighted_layers
+from .levels import Levels
+from .qdq_reader import constant_of, weight_of
 from .site import Kind
+from .type_inference import LEVEL_TYPES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +32,9 @@ class QdqSite:
     Parameters
     ----------
     kind : Kind
-        CONV2D or DENSE.
+        CONV2D, CONV2D_TRANSPOSE or DENSE.
+    form : Form or None
+        Of a convolution.
     call : relax.Call
         The convolution or product.
     chain : tuple of relax.Var
@@ -38,7 +42,7 @@ class QdqSite:
     data : relax.Expr
         Real values of the level tensor that enters.
     weight : numpy.ndarray
-        int64, without its zero point, output channels first: OIHW or ``[K, C]``.
+        int64, without its zero point: ``[K, R, S, C // groups]`` or ``[K, C]``.
     weight_scale : numpy.ndarray
         float64 ``[K]``.
     bias : numpy.ndarray
@@ -54,6 +58,7 @@ class QdqSite:
     """
 
     kind: Kind
+    form: Form | None
     call: relax.Call
     chain: tuple[relax.Var, ...]
     data: relax.Expr
@@ -83,35 +88,34 @@ def start(graph: Dataflow, var: relax.Var, call: relax.Call) -> QdqSite | str | 
 
     None for what is no convolution or product, and for one without integer weights.
     """
-    if call.op not in (_CONV2D, _MATMUL, *_OTHER):
+    if call.op not in (*_KINDS, *_OTHER):
         return None
     weight = weight_of(graph, call.args[1])
     if weight is None:
         return None
     if call.op in _OTHER:
         return f"there is no integer kernel for {str(call.op.name).rpartition('.')[2]}"
-    if call.op == _CONV2D:
-        kind, channel, reason = Kind.CONV2D, 0, _unfit_conv2d(call, weight)
-    else:
-        kind, channel, reason = Kind.DENSE, 1, None
+    kind, channel, order = _KINDS[call.op]
+    form = None
+    if kind is Kind.DENSE:
         if weight.levels.ndim != 2 or len(shape_of(call.args[0])) < 2:
-            reason = f"{call.args[0].ty} times {call.args[1].ty} is no product with one matrix"
-    if reason is not None:
-        return reason
+            return f"{call.args[0].ty} times {call.args[1].ty} is no product with one matrix"
+    else:
+        found = form_of(call)
+        if isinstance(found, str):
+            return found
+        form = found
     if weight.axis not in (None, channel):
         return "its weights have one scale for each input channel"
-    levels = weight.levels if kind is Kind.CONV2D else weight.levels.T
-    low, high = int(levels.min()), int(levels.max())
-    if low < -128 or high > 127:
-        return (
-            f"its weights less their zero point reach from {low} to {high}, beyond int8; "
-            "weights of zero point 0 (or 128 where they are unsigned) fit"
-        )
+    if weight.dtype not in LEVEL_TYPES:
+        return f"its weights are {weight.dtype}, not 8 bits"
+    levels = weight.levels.transpose(order)
     scale = np.broadcast_to(weight.scale, (levels.shape[0],))
     if not (np.isfinite(scale).all() and (scale > 0).all()):
         return "a scale of its weights is not a positive number"
     return QdqSite(
         kind=kind,
+        form=form,
         call=call,
         chain=(var,),
         data=call.args[0],
@@ -121,17 +125,6 @@ def start(graph: Dataflow, var: relax.Var, call: relax.Call) -> QdqSite | str | 
     )
 
 
-def _unfit_conv2d(call: relax.Call, weight: Weight) -> str | None:
-    attrs = call.attrs
-    if (str(attrs.data_layout), str(attrs.kernel_layout)) != ("NCHW", "OIHW"):
-        return f"its layout is {attrs.data_layout} {attrs.kernel_layout}, not NCHW OIHW"
-    groups = int(attrs.groups)
-    channels, depth = weight.levels.shape[:2]
-    if groups != 1 and not (groups == channels == shape_of(call.args[0])[1] and depth == 1):
-        return f"{groups} groups are neither one nor one for each channel"
-    return None
-
-
 def add_bias(graph: Dataflow, site: QdqSite, var: relax.Var, call: relax.Call) -> QdqSite | None:
     """Return the site with a bias addition absorbed, None where the call is none."""
     if call.op != _ADD or site.residual is not None or shape_of(call) != shape_of(site.chain[-1]):
@@ -139,7 +132,7 @@ def add_bias(graph: Dataflow, site: QdqSite, var: relax.Var, call: relax.Call) -
     values = [constant_of(graph, x) for x in call.args]
     value = next((v for v in values if v is not None), None)
     rank = len(shape_of(call))
-    axis = 1 if site.kind is Kind.CONV2D else rank - 1
+    axis = rank - 1 if site.kind is Kind.DENSE else 1
     if value is None or not np.isfinite(value).all():
         return None
     shape = (1,) * (rank - value.ndim) + value.shape
@@ -169,66 +162,36 @@ def bounds_of(call: relax.Call) -> tuple[relax.Expr, float, float] | None:
 
 def constants(
     site: QdqSite, data: Levels, output: Levels | None, residual: Levels | None
-) -> IntegerLayer | str:
-    """Compute the constants of a site's integer operator.
-
-    With ``acc = Σ level × weight + bias`` and the model's scales ``s`` and zero points ``z``::
-
-        bias[k]       = round(bias_real[k] / (s_data × s_weight[k])) - z_data × Σ weight[k]
-        multiplier[k] = s_data × s_weight[k] / s_output
-
-    Worked number: s_data 0.02, z_data 10, a weight of level 127 and scale 0.004, s_output 0.05:
-    bias = -1270, multiplier = 0.0016. Data level 60 (= 1.0): acc = 7620 - 1270 = 6350, times
-    0.0016 is 10.16, level 10 of 0.05 = 0.5, and 1.0 × 0.508 = 0.508.
-
-    Source: Jacob et al., CVPR 2018, equations 4 to 7.
+) -> tuple[IntegerLayer, ...] | str:
+    """Compute the constants of a site's integer operators, by `weighted_layers`.
 
     Returns
     -------
-    IntegerLayer or str
+    tuple of IntegerLayer or str
         Or the reason why integers cannot hold the layer.
     """
-    step = data.scale * site.weight_scale
-    sums = site.weight.reshape(len(site.weight), -1)
-    bias = np.rint(site.bias / step) - data.zero_point * sums.sum(1)
-    largest = np.abs(sums).sum(1) * 255.0 + np.abs(bias)
-    if not largest.max() <= INT32_MAX:
-        return f"its sums could reach {largest.max():.3g}, which int32 cannot hold"
-    guard = (1 << GUARD_BITS) if residual is not None else 1
-    multiplier = (step / (1.0 if output is None else output.scale) * guard).astype(np.float32)
-    if not (np.isfinite(multiplier).all() and (multiplier > 0).all()):
-        return "its requantization multiplier leaves float32"
-    levels = [data.zero_point]
-    residual_multiplier = None
-    if output is not None:
-        levels += bounds_in(output, site.low, site.high)
-    if residual is not None and output is not None:
-        ratio = residual.scale / output.scale * guard
-        if max((largest * multiplier).max(), ratio * 255) >= FIXED_LIMIT:
-            return "its sum and its residual leave the fixed-point range of the addition"
-        residual_multiplier = np.array([ratio], np.float32)
-        levels.append(residual.zero_point)
-    weight = site.weight.transpose(0, 2, 3, 1) if site.kind is Kind.CONV2D else site.weight
-    return IntegerLayer(
-        weight=np.ascontiguousarray(weight, np.int8),
-        bias=bias.astype(np.int32),
-        multiplier=multiplier,
-        levels=np.array(levels, np.int32),
-        residual_multiplier=residual_multiplier,
+    return weighted_layers(
+        site.form,
+        site.weight,
+        site.weight_scale,
+        site.bias,
+        data=data,
+        output=output,
+        residual=residual,
+        bounds=(site.low, site.high),
     )
 
 
-def bounds_in(output: Levels, low: float, high: float) -> list[int]:
-    """Return zero point, lowest and highest level of a quantized result."""
-    bounds = [output.bound(low, default=0), output.bound(high, default=255)]
-    return [output.zero_point, *bounds]
-
-
-_CONV2D = Op.get("relax.nn.conv2d")
-_MATMUL = Op.get("relax.matmul")
+_KINDS = {
+    Op.get("relax.nn.conv2d"): (Kind.CONV2D, 0, (0, 2, 3, 1)),
+    Op.get("relax.nn.conv2d_transpose"): (Kind.CONV2D_TRANSPOSE, 1, (1, 2, 3, 0)),
+    Op.get("relax.matmul"): (Kind.DENSE, 1, (1, 0)),
+}
+"""Operator → its kind, the output channels' axis of its weight, and the axes output channels first,
+input channels last."""
 _OTHER = tuple(
     Op.get(f"relax.nn.{name}")
-    for name in ("conv1d", "conv3d", "conv1d_transpose", "conv2d_transpose", "conv3d_transpose")
+    for name in ("conv1d", "conv3d", "conv1d_transpose", "conv3d_transpose")
 )
 _ADD = Op.get("relax.add")
 _RELU = Op.get("relax.nn.relu")

@@ -7,8 +7,7 @@ values, and the type that hone's kernels take. Changes nothing. Numerics: exact.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tvm import relax
@@ -16,34 +15,12 @@ from tvm.ir import GenericConst, Op
 
 from hone.passes.graph.dataflow import Dataflow, shape_of
 
+from .levels import Levels
 from .operators import NAMES as NAMES  # registers the operators
 from .type_inference import LEVEL_TYPES
 
 SHIFT = 128
 """From int8 to uint8 levels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Levels:
-    """How a level tensor is read: ``real = scale × (level - zero_point)``, levels in [0, 255].
-
-    Parameters
-    ----------
-    scale : float
-        A float32 number.
-    zero_point : int
-        Of the unsigned levels.
-    """
-
-    scale: float
-    zero_point: int
-
-    def bound(self, value: float, *, default: int) -> int:
-        """Return the level of a bound of an activation, the default for an infinite one."""
-        if math.isinf(value):
-            return default
-        steps = float(np.clip(np.rint(value / self.scale), -1e6, 1e6))
-        return int(np.clip(self.zero_point + steps, 0, 255))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,11 +35,14 @@ class Weight:
         float64, ``[]`` or one for each index of ``axis``.
     axis : int or None
         None for one scale.
+    dtype : str
+        Of the levels, as the model stores them.
     """
 
     levels: np.ndarray
     scale: np.ndarray
     axis: int | None
+    dtype: str
 
     @property
     def real(self) -> np.ndarray:
@@ -114,7 +94,7 @@ def weight_of(graph: Dataflow, expr: relax.Expr) -> Weight | None:
         axes = call.attrs.axes
         order = list(range(rank))[::-1] if axes is None else [int(a) % rank for a in axes]
         axis = None if inner.axis is None else order.index(inner.axis)
-        return Weight(levels=inner.levels.transpose(order), scale=inner.scale, axis=axis)
+        return replace(inner, levels=inner.levels.transpose(order), axis=axis)
     if call.op not in (_DEQUANTIZE, _DEQUANTIZE_AXIS):
         return None
     if not all(isinstance(x, GenericConst) for x in call.args):
@@ -126,7 +106,12 @@ def weight_of(graph: Dataflow, expr: relax.Expr) -> Weight | None:
     points = zero_point.astype(np.int64)
     if axis is not None:
         points = points.reshape([-1 if i == axis else 1 for i in range(data.ndim)])
-    return Weight(levels=data.astype(np.int64) - points, scale=scale.astype(np.float64), axis=axis)
+    return Weight(
+        levels=data.astype(np.int64) - points,
+        scale=scale.astype(np.float64),
+        axis=axis,
+        dtype=str(data.dtype),
+    )
 
 
 def constant_of(graph: Dataflow, expr: relax.Expr) -> np.ndarray | None:

@@ -18,13 +18,17 @@ from hone.passes.graph.dataflow import PART, Dataflow, Rebuilder, layer_of, shap
 
 from . import operators
 from .arithmetic import FIXED_LIMIT, GUARD_BITS
-from .integer_layer import INT32_MAX, IntegerLayer
+from .integer_layer import INT32_MAX, IntegerLayer, rescaling
+from .integer_writer import rescale
 from .level_layouts import Layout, LevelLayouts, LevelTensor, change_layout
 from .level_moves import LevelMoves
-from .qdq_layers import QdqSite, add_bias, bounds_in, bounds_of, constants, start
-from .qdq_reader import Levels, levels_of_dequantize, levels_of_quantize
+from .level_tables import LevelFunction, level_function, table_of
+from .levels import Levels
+from .qdq_layers import QdqSite, add_bias, bounds_of, constants, start
+from .qdq_reader import levels_of_dequantize, levels_of_quantize
 from .quantize_int8 import QuantizedLayer
 from .site import Kind, Skipped
+from .weighted_writer import WeightedWriter
 
 _NHWC_AXIS = (0, 3, 1, 2)
 """Where an axis of NCHW is in NHWC."""
@@ -52,11 +56,12 @@ class QdqWriter:
         self._rebuilder = Rebuilder(function)
         self._layouts = LevelLayouts(self._rebuilder)
         self._moves = LevelMoves(self._graph, self._rebuilder, self._layouts)
+        self._weighted = WeightedWriter(self._rebuilder.emit)
         self._same = _same_quantizations(self._graph)
         self._tensors: dict[relax.Var, LevelTensor] = {}
         self._stored: set[relax.Var] = set()
         self._sites: dict[relax.Var, QdqSite] = {}
-        self._layers: dict[relax.Var, IntegerLayer] = {}
+        self._layers: dict[relax.Var, tuple[IntegerLayer, ...]] = {}
         self.quantized: list[QuantizedLayer] = []
         self.skipped: list[Skipped] = []
 
@@ -142,27 +147,23 @@ class QdqWriter:
         """Return levels of another scale: the mean over an axis of extent 1, requantized."""
         if given.levels == output:
             return self._moves.clipped(given, low, high, name)
-        shape = shape_of(given.var)
-        data = self._rebuilder.emit(
-            relax.op.reshape(given.var, (1, *shape)), f"{name}{PART}rescale"
-        )
-        call = operators.mean_int8(
-            data,
-            _multiplier(given.levels.scale / output.scale),
-            _levels_constant(given.levels, output, low, high),
-            axis=[0],
-        )
-        new = self._rebuilder.emit(call, f"{name}{PART}rescale")
+        constants = rescaling(given.levels, output, (low, high))
+        new = rescale(self._rebuilder.emit, given.var, constants, f"{name}{PART}rescale")
         return LevelTensor(var=new, layout=given.layout, levels=output)
 
     def _combined(
         self, var: relax.Var, call: relax.Call, output: Levels, low: float, high: float
     ) -> LevelTensor | None:
         """Return an addition, mean, average pooling or concatenation of levels; else None."""
-        if call.op == _ADD and shape_of(call.args[0]) == shape_of(call.args[1]):
-            return self._sum(var, call, output, low, high)
         if call.op == _CONCAT:
             return self._concatenated(var, call, output, low, high)
+        function = level_function(self._graph, var, self._moves.is_moved)
+        if function is not None and self._moves.has_levels(function.source):
+            return self._looked_up(var, function, output, low, high)
+        if call.op == _ADD and shape_of(call.args[0]) == shape_of(call.args[1]):
+            return self._sum(var, call, output, low, high)
+        if call.op == _MULTIPLY:
+            return self._product(var, call, output, low, high)
         if call.op not in (_MEAN, _AVG_POOL2D) or not self._moves.has_levels(call.args[0]):
             return None
         given = self._levels(call.args[0])
@@ -195,11 +196,45 @@ class QdqWriter:
                 self._layouts.as_layout(left, layout),
                 self._layouts.as_layout(right, layout),
                 relax.const(fixed.astype(np.float32)),
-                relax.const(np.array([*points, *bounds_in(output, low, high)], np.int32)),
+                relax.const(np.array([*points, *output.bounds(low, high)], np.int32)),
             ),
             layer_of(var),
         )
         self._note(var, Kind.ADD)
+        return LevelTensor(var=new, layout=layout, levels=output)
+
+    def _looked_up(
+        self, var: relax.Var, function: LevelFunction, output: Levels, low: float, high: float
+    ) -> LevelTensor:
+        given = self._levels(function.source)
+        table = table_of(function.apply, given.levels, output, (low, high))
+        new = self._rebuilder.emit(
+            operators.table_int8(given.var, relax.const(table)), layer_of(var)
+        )
+        layers = tuple(dict.fromkeys(layer_of(each) for each in function.inner))
+        self._note(var, Kind.TABLE, layers)
+        return LevelTensor(var=new, layout=given.layout, levels=output)
+
+    def _product(
+        self, var: relax.Var, call: relax.Call, output: Levels, low: float, high: float
+    ) -> LevelTensor | None:
+        if not all(self._moves.has_levels(x) for x in call.args):
+            return None
+        if len({len(shape_of(x)) for x in call.args}) > 1:
+            return None
+        left, right = (self._levels(x) for x in call.args)
+        layout = Layout.NHWC if Layout.NHWC in (left.layout, right.layout) else Layout.MODEL
+        points = [left.levels.zero_point, right.levels.zero_point]
+        new = self._rebuilder.emit(
+            operators.multiply_int8(
+                self._layouts.as_layout(left, layout),
+                self._layouts.as_layout(right, layout),
+                _multiplier(left.levels.scale * right.levels.scale / output.scale),
+                relax.const(np.array([*points, *output.bounds(low, high)], np.int32)),
+            ),
+            layer_of(var),
+        )
+        self._note(var, Kind.MULTIPLY)
         return LevelTensor(var=new, layout=layout, levels=output)
 
     def _concatenated(
@@ -301,6 +336,8 @@ class QdqWriter:
         clipped = (site.low, site.high) != (-math.inf, math.inf)
         if call.op != _ADD or site.residual is not None or clipped:
             return None
+        if site.form is not None and site.form.interleaving is not None:
+            return None  # the residual would have to be cut into phases
         result = site.chain[-1]
         other = next((x for x in call.args if not x.same_as(result)), None)
         if other is None or shape_of(other) != shape_of(call) or not self._moves.has_levels(other):
@@ -328,10 +365,11 @@ class QdqWriter:
                 output = levels_of_quantize(self._graph.definition[attempt.output])
             residual = None if attempt.residual is None else self._levels_before(attempt.residual)
             layer = constants(attempt, data, output, residual)
-            if isinstance(layer, IntegerLayer):
-                result = attempt.chain[-1] if attempt.output is None else attempt.output
-                self._sites[result], self._layers[result] = attempt, layer
-                return None
+            if isinstance(layer, str):
+                continue
+            result = attempt.chain[-1] if attempt.output is None else attempt.output
+            self._sites[result], self._layers[result] = attempt, layer
+            return None
         return str(layer)
 
     def _levels_before(self, expr: relax.Expr) -> Levels:
@@ -345,17 +383,13 @@ class QdqWriter:
         raise ValueError(f"{expr} has no levels")
 
     def _write_site(self, site: QdqSite, result: relax.Var) -> None:
-        layer = self._layers[result]
-        layout = Layout.NHWC if site.kind is Kind.CONV2D else Layout.MODEL
-        arguments = [
-            self._layouts.as_layout(self._levels(site.data), layout),
-            *(relax.const(x) for x in (layer.weight, layer.bias, layer.multiplier, layer.levels)),
-        ]
+        layout = Layout.MODEL if site.kind is Kind.DENSE else Layout.NHWC
+        data = self._layouts.as_layout(self._levels(site.data), layout)
+        residual = None
         if site.residual is not None:
             residual = self._layouts.as_layout(self._levels(site.residual), layout)
-            arguments += [residual, relax.const(layer.residual_multiplier)]
         dtype = "float32" if site.output is None else "uint8"
-        call = self._operator(site, arguments, dtype)
+        call = self._operator(site, self._layers[result], data, residual, dtype)
         name = layer_of(site.chain[0])
         layers = tuple(dict.fromkeys(layer_of(var) for var in site.chain))
         self.quantized.append(
@@ -367,28 +401,32 @@ class QdqWriter:
                 raise ValueError(f"{site.output} is no quantization")
             new = self._rebuilder.emit(call, name)
             self._tensors[result] = LevelTensor(var=new, layout=layout, levels=levels)
-        elif site.kind is Kind.CONV2D:
+        elif site.kind is Kind.DENSE:
+            self._rebuilder.bind(result, call)
+        else:
             new = self._rebuilder.emit(call, f"{name}{PART}conv2d")
             self._rebuilder.bind(result, change_layout(new, Layout.MODEL))
-        else:
-            self._rebuilder.bind(result, call)
 
-    def _operator(self, site: QdqSite, arguments: list[relax.Expr], dtype: str) -> relax.Call:
-        if site.kind is Kind.DENSE:
-            return operators.dense_int8(*arguments, out_dtype=dtype)
-        attrs = site.call.attrs
-        return operators.conv2d_int8(
-            *arguments,
-            strides=attrs.strides,
-            padding=attrs.padding,
-            dilation=attrs.dilation,
-            groups=attrs.groups,
-            out_dtype=dtype,
+    def _operator(
+        self,
+        site: QdqSite,
+        layers: tuple[IntegerLayer, ...],
+        data: relax.Var,
+        residual: relax.Var | None,
+        dtype: str,
+    ) -> relax.Expr:
+        name = layer_of(site.chain[0])
+        if site.form is None:
+            return self._weighted.dense(layers[0], data, residual, layer=name, out_dtype=dtype)
+        return self._weighted.convolution(
+            site.form, layers, data, residual, layer=name, out_dtype=dtype
         )
 
-    def _note(self, var: relax.Var, kind: Kind) -> None:
+    def _note(self, var: relax.Var, kind: Kind, layers: tuple[str, ...] = ()) -> None:
         name = layer_of(var)
-        self.quantized.append(QuantizedLayer(layer=name, kind=kind, layers=(name,), output="uint8"))
+        self.quantized.append(
+            QuantizedLayer(layer=name, kind=kind, layers=layers or (name,), output="uint8")
+        )
 
 
 def _same_quantizations(graph: Dataflow) -> dict[relax.Var, relax.Var]:
@@ -423,7 +461,7 @@ def _multiplier(value: float) -> relax.Expr:
 
 
 def _levels_constant(given: Levels, output: Levels, low: float, high: float) -> relax.Expr:
-    return relax.const(np.array([given.zero_point, *bounds_in(output, low, high)], np.int32))
+    return relax.const(np.array([given.zero_point, *output.bounds(low, high)], np.int32))
 
 
 def _scalars(levels: Levels) -> tuple[relax.Expr, relax.Expr]:
@@ -432,5 +470,6 @@ def _scalars(levels: Levels) -> tuple[relax.Expr, relax.Expr]:
 
 _ADD = Op.get("relax.add")
 _CONCAT = Op.get("relax.concat")
+_MULTIPLY = Op.get("relax.multiply")
 _MEAN = Op.get("relax.mean")
 _AVG_POOL2D = Op.get("relax.nn.avg_pool2d")

@@ -226,7 +226,7 @@ def quantize_int8(
     while True:
         found = survey(function, keep_float={*keep_float, *refused})
         qparams = _choose_levels(function, found, ranges)
-        layers: dict[relax.Var, IntegerLayer] = {}
+        layers: dict[relax.Var, tuple[IntegerLayer, ...]] = {}
         reasons: dict[str, str] = {}
         for site in found.sites:
             inputs = tuple(qparams[x] for x in site.inputs)
@@ -296,11 +296,13 @@ def _choose_levels(
     """Return the levels of every tensor that is read as integers.
 
     What passes levels on has those of its input. A tensor that an activation bounds has the
-    observed range: it already is inside the bounds.
+    observed range: it already is inside the bounds. What only a concatenation reads has the levels
+    of its result, which need no other ones.
     """
+    graph = Dataflow(function)
     passed = {
         binding.var: binding.value.args[0]
-        for binding in Dataflow(function).bindings
+        for binding in graph.bindings
         if binding.var in found.passing
     }
     levels: dict[relax.Var, QParams] = {}
@@ -312,4 +314,9 @@ def _choose_levels(
         levels[var] = choose_qparams(
             seen.minimum, seen.maximum, type=UINT8, symmetric=False, layer=str(var.name)
         )
+    made = {site.output for site in found.sites if site.levels}
+    for site in reversed(found.sites):
+        if site.kind is Kind.CONCAT:
+            alone = [x for x in site.inputs if x in made and graph.used_once(x)]
+            levels.update((x, levels[site.output]) for x in alone)
     return levels

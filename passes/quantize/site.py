@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -17,13 +18,18 @@ class Kind(StrEnum):
     """What a site computes."""
 
     CONV2D = "conv2d"
+    CONV2D_TRANSPOSE = "conv2d_transpose"
     DENSE = "dense"
     ADD = "add"
     MEAN = "mean"
     AVG_POOL2D = "avg_pool2d"
+    MULTIPLY = "multiply"
+    CONCAT = "concat"
+    TABLE = "table"
 
 
 WEIGHTED = (Kind.CONV2D, Kind.DENSE)
+"""Taken wherever they fit; what else there is, where its inputs are integers already."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,6 +58,8 @@ class Site:
         How many bindings of the chain stand before the activation.
     levels : bool
         Whether the result is levels; else it is the real value of the int32 sum.
+    function : callable or None
+        Of a table: float64 values of the input → those of the result.
     rounded : numpy.ndarray or None
         int8 levels chosen for the weights, in their shape; to nearest where there are none.
     """
@@ -67,6 +75,7 @@ class Site:
     high: float = math.inf
     linear: int = 1
     levels: bool = True
+    function: Callable[[np.ndarray], np.ndarray] | None = None
     rounded: np.ndarray | None = None
 
     @property
@@ -83,6 +92,8 @@ class Site:
     def weight(self) -> np.ndarray:
         """Constant weight, output channels first: ``[K, R, S, C // groups]`` or ``[K, C]``."""
         values = np.asarray(self.call.args[1].value.numpy())
+        if self.kind is Kind.CONV2D_TRANSPOSE:
+            return values.transpose(1, 2, 3, 0)
         return values if self.kind is Kind.CONV2D else values.T
 
 

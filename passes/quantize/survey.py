@@ -4,17 +4,20 @@ Reads a function with NHWC convolutions and folded batch norm, and changes nothi
 chain of bindings that becomes one integer operator::
 
     convolution or matrix product → bias additions → [residual addition] → [ReLU, ReLU6, clip]
-    addition | mean | average pooling → [ReLU, ReLU6, clip]
+    transposed convolution → bias additions → [ReLU, ReLU6, clip]
+    addition | product | concatenation | mean | average pooling → [ReLU, ReLU6, clip]
+    any function of one tensor, element by element (see `level_tables`)
 
-Convolutions and matrix products are taken wherever they fit. The others, and the operators that
-keep their input's levels (max pooling, reshape, transposition, ReLU), are taken only between
-integers: where an operand already is an integer tensor and somebody wants the result as one.
+Convolutions and matrix products are taken wherever they fit, transposed convolutions where their
+input already is an integer tensor. The others, and the operators that keep their input's levels
+(max pooling, reshape, transposition, ReLU), are taken only between integers: where all operands are
+integer tensors and somebody wants the result as one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +27,8 @@ from tvm.ir import GenericConst, Op
 
 from hone.passes.graph.dataflow import Dataflow, layer_of, shape_of
 
+from .convolution_form import form_of
+from .level_tables import level_function
 from .site import WEIGHTED, Kind, Site, Skipped, Survey
 
 
@@ -56,12 +61,18 @@ def survey(function: relax.Function, *, keep_float: Collection[str] = ()) -> Sur
         elif found is not None:
             site = _extend(graph, found)
             if not set(site.layers).isdisjoint(keep_float):
-                if site.kind in WEIGHTED:
+                if call.op in _KINDS:
                     skipped.append(Skipped(layer=site.layer, reason="kept in float by request"))
                 continue
             absorbed.update(site.chain)
             sites[site.output] = site
+    _add_elementwise(graph, sites, absorbed, keep_float)
     capable, passing = _capable(graph, sites, keep_float)
+    skipped += [
+        Skipped(layer=site.layer, reason="its input stays in float")
+        for var, site in sites.items()
+        if site.kind is Kind.CONV2D_TRANSPOSE and var not in capable
+    ]
     sites, passing, wanted = _between_integers(graph, sites, capable, passing)
     sites = _merge_residuals(graph, sites)
     return Survey(
@@ -74,18 +85,19 @@ def survey(function: relax.Function, *, keep_float: Collection[str] = ()) -> Sur
 
 def _start(graph: Dataflow, var: relax.Var, call: relax.Call) -> Site | str | None:
     """Return the site that a binding starts, the reason why it does not fit, or None."""
-    if call.op in (_CONV2D, _MATMUL):
-        kind = Kind.CONV2D if call.op == _CONV2D else Kind.DENSE
-        reason = _unfit_conv2d(call) if kind is Kind.CONV2D else _unfit_matmul(call)
+    if call.op in _KINDS:
+        kind = _KINDS[call.op]
+        reason = _unfit_matmul(call) if kind is Kind.DENSE else _unfit_conv2d(call)
         if reason is not None:
             return reason
         inputs: tuple[relax.Expr, ...] = (call.args[0],)
     elif not _is_float32(call):
         return None
-    elif call.op == _ADD:
-        kind, inputs = Kind.ADD, tuple(call.args)
-        if any(not _is_float32(x) or shape_of(x) != shape_of(call) for x in inputs):
+    elif call.op == _CONCAT:
+        fields = graph.resolve(call.args[0])
+        if not isinstance(fields, relax.Tuple) or not all(_is_float32(x) for x in fields.fields):
             return None
+        kind, inputs = Kind.CONCAT, tuple(fields.fields)
     elif call.op == _MEAN and call.attrs.axis is not None and len(call.attrs.axis):
         kind, inputs = Kind.MEAN, (call.args[0],)
     elif call.op == _AVG_POOL2D and _fits_avg_pool2d(call):
@@ -93,8 +105,79 @@ def _start(graph: Dataflow, var: relax.Var, call: relax.Call) -> Site | str | No
     else:
         return None
     if not all(isinstance(x, relax.Var) for x in inputs):
-        return "its input is a constant" if kind in WEIGHTED else None
+        return "its input is a constant" if call.op in _KINDS else None
     return Site(kind=kind, layer=layer_of(var), call=call, chain=(var,), inputs=inputs)
+
+
+def _add_elementwise(
+    graph: Dataflow,
+    sites: dict[relax.Var, Site],
+    absorbed: set[relax.Var],
+    keep_float: Collection[str],
+) -> None:
+    """Add functions of one tensor, as long as they are, and products of two."""
+
+    def is_taken(expr: relax.Expr) -> bool:
+        return expr in absorbed
+
+    def add(site: Site | None) -> None:
+        if site is not None and set(site.layers).isdisjoint(keep_float):
+            absorbed.update(site.chain)
+            sites[site.output] = site
+
+    bounds: list[relax.Var] = []
+    for binding in reversed(graph.bindings):
+        var, call = binding.var, binding.value
+        if var in absorbed or not isinstance(call, relax.Call) or not _is_float32(call):
+            continue
+        if _bounds_of(var, call) is not None:
+            bounds.append(var)  # of what comes before it, as long as that takes it
+        else:
+            add(_function(graph, var, is_taken) or _two_operands(graph, var, call))
+    for var in bounds:
+        if var not in absorbed and not _keeps_levels(graph.definition[var]):
+            add(_function(graph, var, is_taken))
+
+
+def _function(
+    graph: Dataflow, var: relax.Var, is_source: Callable[[relax.Expr], bool]
+) -> Site | None:
+    """Return the longest function of one tensor that ends in a binding, if there is one."""
+    call = graph.definition[var]
+    for source in (is_source, lambda _x: True):
+        found = level_function(graph, var, source)
+        if found is None or not isinstance(found.source, relax.Var):
+            continue
+        if len(found.inner) == 1 and sum(isinstance(x, relax.Var) for x in call.args) > 1:
+            return None  # x + x and x × x have kernels that need no table
+        inner = set(found.inner)
+        if all(inner.issuperset(graph.users[each]) for each in found.inner[:-1]):
+            return Site(
+                kind=Kind.TABLE,
+                layer=layer_of(var),
+                call=call,
+                chain=found.inner,
+                inputs=(found.source,),
+                function=found.apply,
+            )
+    return None
+
+
+def _two_operands(graph: Dataflow, var: relax.Var, call: relax.Call) -> Site | None:
+    """Return the addition or product of two tensors that a binding is, if it is one."""
+    if call.op not in (_ADD, _MULTIPLY):
+        return None
+    if not all(isinstance(x, relax.Var) and _is_float32(x) for x in call.args):
+        return None
+    shapes = [shape_of(x) for x in call.args]
+    if call.op == _ADD and any(shape != shape_of(call) for shape in shapes):
+        return None
+    if len(shapes[0]) != len(shapes[1]):
+        return None
+    kind = Kind.ADD if call.op == _ADD else Kind.MULTIPLY
+    inputs = tuple(call.args)
+    site = Site(kind=kind, layer=layer_of(var), call=call, chain=(var,), inputs=inputs)
+    return _absorb_activation(graph, site)
 
 
 def _is_float32(expr: relax.Expr) -> bool:
@@ -122,16 +205,14 @@ def _unfit_weights(call: relax.Call) -> str | None:
 def _unfit_conv2d(call: relax.Call) -> str | None:
     attrs = call.attrs
     layout = (str(attrs.data_layout), str(attrs.kernel_layout), str(attrs.out_layout or "NHWC"))
-    if layout != ("NHWC", "OHWI", "NHWC"):
-        return f"the layout is {' '.join(layout)}, not NHWC OHWI NHWC"
+    kernel = "IOHW" if call.op == _CONV2D_TRANSPOSE else "OHWI"
+    if layout != ("NHWC", kernel, "NHWC"):
+        return f"the layout is {' '.join(layout)}, not NHWC {kernel} NHWC"
     reason = _unfit_weights(call)
     if reason is not None:
         return reason
-    groups = int(attrs.groups)
-    channels, *_, depth = shape_of(call.args[1])
-    if groups != 1 and not (groups == channels == shape_of(call.args[0])[3] and depth == 1):
-        return f"{groups} groups are neither one nor one for each channel"
-    return None
+    form = form_of(call)
+    return form if isinstance(form, str) else None
 
 
 def _unfit_matmul(call: relax.Call) -> str | None:
@@ -151,7 +232,7 @@ def _fits_avg_pool2d(call: relax.Call) -> bool:
 
 def _extend(graph: Dataflow, site: Site) -> Site:
     """Absorb the bias additions and the activation that follow a site."""
-    if site.kind in WEIGHTED:
+    if site.call.op in _KINDS:
         while (following := _only_user(graph, site.output)) is not None:
             bias = _bias_of(graph, *following, site)
             if bias is None:
@@ -221,6 +302,8 @@ def _keeps_levels(call: relax.Call) -> bool:
     """Tell whether an operator works on levels as they are, first argument to result."""
     if call.op == _MAX_POOL2D:
         return str(call.attrs.layout) == "NHWC" and str(call.attrs.out_layout or "NHWC") == "NHWC"
+    if call.op == _RESIZE:
+        return str(call.attrs.method) == "nearest_neighbor"
     return call.op in _MOVES or call.op == _RELU
 
 
@@ -260,7 +343,11 @@ def _between_integers(
     for binding in reversed(graph.bindings):
         var = binding.var
         site = sites.get(var)
-        if site is not None and (site.kind in WEIGHTED or (var in capable and var in wanted)):
+        taken = site is not None and (
+            site.kind in WEIGHTED
+            or (var in capable and (var in wanted or site.kind is Kind.CONV2D_TRANSPOSE))
+        )
+        if site is not None and taken:
             if var not in wanted:
                 # Only float reads it: the activation stays a float operator, nothing is rounded.
                 site = replace(
@@ -311,9 +398,16 @@ def _merge_residuals(graph: Dataflow, sites: dict[relax.Var, Site]) -> dict[rela
     return merged
 
 
-_CONV2D = Op.get("relax.nn.conv2d")
-_MATMUL = Op.get("relax.matmul")
+_CONV2D_TRANSPOSE = Op.get("relax.nn.conv2d_transpose")
+_KINDS = {
+    Op.get("relax.nn.conv2d"): Kind.CONV2D,
+    _CONV2D_TRANSPOSE: Kind.CONV2D_TRANSPOSE,
+    Op.get("relax.matmul"): Kind.DENSE,
+}
 _ADD = Op.get("relax.add")
+_MULTIPLY = Op.get("relax.multiply")
+_CONCAT = Op.get("relax.concat")
+_RESIZE = Op.get("relax.image.resize2d")
 _MEAN = Op.get("relax.mean")
 _AVG_POOL2D = Op.get("relax.nn.avg_pool2d")
 _MAX_POOL2D = Op.get("relax.nn.max_pool2d")
@@ -323,5 +417,5 @@ _MAXIMUM = Op.get("relax.maximum")
 _MINIMUM = Op.get("relax.minimum")
 _MOVES = tuple(
     Op.get(f"relax.{name}")
-    for name in ("reshape", "permute_dims", "flatten", "squeeze", "expand_dims")
+    for name in ("reshape", "permute_dims", "flatten", "squeeze", "expand_dims", "strided_slice")
 )

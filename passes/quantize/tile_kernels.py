@@ -29,9 +29,12 @@ from hone.targets.schedule.tile_plan import (
 )
 from hone.targets.tile_product import TileProduct
 
-from .kernels import level
+from .kernels import level, total
 
 PRODUCT = TileProduct.TDPBUSD
+
+Kernel = Callable[..., te.Tensor]
+Wrap = Callable[[Kernel], Kernel]
 
 
 def choose_plan(machine: Machine, work: TileWork) -> TilePlan | None:
@@ -56,6 +59,8 @@ def conv2d(
     levels: te.Tensor,
     residual: te.Tensor | None = None,
     residual_multiplier: te.Tensor | None = None,
+    offsets: te.Tensor | None = None,
+    window_sums: te.Tensor | None = None,
     *,
     window: Window,
     plan: TilePlan,
@@ -71,7 +76,7 @@ def conv2d(
         Packed.
     bias, multiplier : te.Tensor
         ``[K]``.
-    levels, residual, residual_multiplier : te.Tensor
+    levels, residual, residual_multiplier, offsets, window_sums : te.Tensor
         See `hone.passes.quantize.operators.conv2d_int8`.
     window : Window
         Geometry.
@@ -84,16 +89,17 @@ def conv2d(
     matrix = tile_sums.is_matrix(window)
     if matrix:
         source = data if plan.in_place else tile_sums.copy_matrix(data, plan)
-        total = tile_sums.sums(source, weight, plan)
+        products = tile_sums.sums(source, weight, plan)
     else:
         zero_point = tirx.Cast(data.dtype, levels[0])
         source = tile_sums.copy_rows(data, window, plan, zero_point)
-        total = tile_sums.sums(source, weight, plan, window)
+        products = tile_sums.sums(source, weight, plan, window)
 
     def element(n: tirx.Var, h: tirx.Var, w: tirx.Var, k: tirx.Var) -> Expr:
-        sums = total[0, (n * height + h) * width + w, k] if matrix else total[n, h * width + w, k]
+        pixel = (n * height + h) * width + w
+        sums = products[0, pixel, k] if matrix else products[n, h * width + w, k]
         return level(
-            sums + bias[k],
+            total(sums, (n, h, w, k), bias, offsets, window_sums),
             (n, h, w, k),
             multiplier[k],
             levels,
@@ -114,17 +120,19 @@ def dense(
     levels: te.Tensor,
     residual: te.Tensor | None = None,
     residual_multiplier: te.Tensor | None = None,
+    offsets: te.Tensor | None = None,
+    window_sums: te.Tensor | None = None,
     *,
     plan: TilePlan,
     out_dtype: str,
 ) -> te.Tensor:
     """Return ``hone.dense_int8`` of ``[M, C]`` with weights packed by `tile_sums.pack_tiles`."""
     source = data if plan.in_place else tile_sums.copy_matrix(data, plan)
-    total = tile_sums.sums(source, weight, plan)
+    products = tile_sums.sums(source, weight, plan)
     return te.compute(
         (int(data.shape[0]), int(bias.shape[0])),
         lambda m, k: level(
-            total[0, m, k] + bias[k],
+            total(products[0, m, k], (m, k), bias, offsets, window_sums),
             (m, k),
             multiplier[k],
             levels,
@@ -144,6 +152,7 @@ def lower_conv2d(
     window: Window,
     *,
     out_dtype: str,
+    wrap: Wrap,
 ) -> relax.Expr | None:
     """Return a convolution in tiles, or None where they do not pay.
 
@@ -161,6 +170,8 @@ def lower_conv2d(
         Geometry.
     out_dtype : str
         Of the result.
+    wrap : callable
+        Makes a kernel take the arguments in the order of the operator.
     """
     filters, taps_h = weight.shape[:2]
     plan = choose_plan(machine, tile_sums.conv2d_work(window, filters, PRODUCT))
@@ -171,7 +182,7 @@ def lower_conv2d(
         rows = math.prod(window.shape[:3])
         data = bb.emit(relax.op.reshape(data, (rows, window.shape[3])))
     packed = tile_sums.pack_tiles(weight.reshape(filters, taps_h, -1), plan)
-    kernel = partial(conv2d, window=window, plan=plan, out_dtype=out_dtype)
+    kernel = wrap(partial(conv2d, window=window, plan=plan, out_dtype=out_dtype))
     return _call(bb, kernel, data, packed, others, "conv2d_int8")
 
 
@@ -182,6 +193,7 @@ def lower_dense(
     weight: np.ndarray,
     *,
     out_dtype: str,
+    wrap: Wrap,
 ) -> relax.Expr | None:
     """Return a matrix product in tiles as `lower_conv2d` does; ``weight`` is ``[K, C]``."""
     data, *others = arguments
@@ -191,13 +203,13 @@ def lower_dense(
     if plan is None:
         return None
     packed = tile_sums.pack_tiles(weight[:, None], plan)
-    kernel = partial(dense, plan=plan, out_dtype=out_dtype)
+    kernel = wrap(partial(dense, plan=plan, out_dtype=out_dtype))
     return _call(bb, kernel, data, packed, others, "dense_int8")
 
 
 def _call(
     bb: relax.BlockBuilder,
-    kernel: Callable[..., te.Tensor],
+    kernel: Kernel,
     data: relax.Expr,
     packed: np.ndarray,
     others: list[relax.Expr],

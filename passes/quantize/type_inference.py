@@ -77,7 +77,11 @@ def _contraction(call: relax.Call, channels: int, output: tuple[int, ...]) -> re
     _shaped(call, 2, "bias", "int32", (channels,))
     _shaped(call, 3, "multiplier", "float32", (channels,))
     dtype = _out_dtype(call, (*LEVEL_TYPES, "float32"))
-    residual = len(call.args) == 7
+    offsets = bool(call.attrs["offsets"])
+    residual = len(call.args) - 2 * offsets == 7
+    if offsets:
+        _shaped(call, len(call.args) - 2, "weight_offsets", "int32", (channels,))
+        _shaped(call, len(call.args) - 1, "window_sums", "int32", (*output[:-1], 1))
     if residual:
         if dtype == "float32":
             raise ModelError("a residual needs a quantized output", where=call.op.name)
@@ -95,19 +99,27 @@ def _contraction(call: relax.Call, channels: int, output: tuple[int, ...]) -> re
 
 def _infer_conv2d(call: relax.Call) -> relax.TensorType:
     data = _tensor(call, 0, "data", LEVEL_TYPES)
-    weight = _tensor(call, 1, "weight", ["int8"])
+    groups = int(call.attrs["groups"])
+    # Of a depthwise convolution every product is its own: weights less their zero point, 9 bits
+    # with a sign, cost it nothing.
+    weight = _tensor(call, 1, "weight", ["int8", "int16"] if groups > 1 else ["int8"])
     if len(data) != 4 or len(weight) != 4:
         raise ModelError(
             f"data [N, H, W, C] and weight [K, R, S, C / groups] are required, not {list(data)} "
             f"and {list(weight)}",
             where=call.op.name,
         )
-    groups, channels = int(call.attrs["groups"]), weight[0]
+    channels = weight[0]
     depthwise = groups == data[3] == channels and weight[3] == 1
     if not depthwise and not (groups == 1 and weight[3] == data[3]):
         raise ModelError(
             f"groups must be 1, or C with one filter for each channel; not {groups} for data "
             f"{list(data)} and weight {list(weight)}",
+            where=call.op.name,
+        )
+    if depthwise and groups > 1 and bool(call.attrs["offsets"]):
+        raise ModelError(
+            "weights of one filter for each channel have no offsets: they are int16",
             where=call.op.name,
         )
     height, width = _window(call, data, weight[1:3])
@@ -125,6 +137,22 @@ def _infer_dense(call: relax.Call) -> relax.TensorType:
     return _contraction(call, weight[0], (*data[:-1], weight[0]))
 
 
+def _infer_row_sums(call: relax.Call) -> relax.TensorType:
+    data = _tensor(call, 0, "data", LEVEL_TYPES)
+    if len(data) < 2:
+        raise ModelError(f"data [..., C] is required, not {list(data)}", where=call.op.name)
+    return relax.TensorType((*data[:-1], 1), "int32")
+
+
+def _infer_window_sums(call: relax.Call) -> relax.TensorType:
+    data = _tensor(call, 0, "data", ["int32"])
+    if len(data) != 4 or data[3] != 1:
+        raise ModelError(f"data [N, H, W, 1] is required, not {list(data)}", where=call.op.name)
+    _shaped(call, 1, "border", "int32", (1,))
+    height, width = _window(call, data, _ints(call, "taps", 2, 1))
+    return relax.TensorType((data[0], height, width, 1), "int32")
+
+
 def _infer_add(call: relax.Call) -> relax.TensorType:
     left = _tensor(call, 0, "left", LEVEL_TYPES)
     right = _tensor(call, 1, "right", LEVEL_TYPES)
@@ -136,6 +164,28 @@ def _infer_add(call: relax.Call) -> relax.TensorType:
     _shaped(call, 2, "multipliers", "float32", (2,))
     _shaped(call, 3, "levels", "int32", (5,))
     return relax.TensorType(left, _out_dtype(call, LEVEL_TYPES))
+
+
+def _infer_multiply(call: relax.Call) -> relax.TensorType:
+    left = _tensor(call, 0, "left", LEVEL_TYPES)
+    right = _tensor(call, 1, "right", LEVEL_TYPES)
+    if len(left) != len(right) or any(
+        a != b and 1 not in (a, b) for a, b in zip(left, right, strict=True)
+    ):
+        raise ModelError(
+            f"left and right must broadcast axis by axis, not {list(left)} and {list(right)}",
+            where=call.op.name,
+        )
+    _shaped(call, 2, "multiplier", "float32", (1,))
+    _shaped(call, 3, "levels", "int32", (5,))
+    shape = [max(a, b) for a, b in zip(left, right, strict=True)]
+    return relax.TensorType(shape, _out_dtype(call, LEVEL_TYPES))
+
+
+def _infer_table(call: relax.Call) -> relax.TensorType:
+    data = _tensor(call, 0, "data", ["uint8"])
+    _shaped(call, 1, "table", "uint8", (256,))
+    return relax.TensorType(data, "uint8")
 
 
 def _infer_avg_pool2d(call: relax.Call) -> relax.TensorType:
@@ -183,7 +233,11 @@ def _infer_dequantize(call: relax.Call) -> relax.TensorType:
 INFERENCE: dict[str, Callable[[relax.Call], relax.TensorType]] = {
     "hone.conv2d_int8": _infer_conv2d,
     "hone.dense_int8": _infer_dense,
+    "hone.row_sums": _infer_row_sums,
+    "hone.window_sums": _infer_window_sums,
     "hone.add_int8": _infer_add,
+    "hone.multiply_int8": _infer_multiply,
+    "hone.table_int8": _infer_table,
     "hone.avg_pool2d_int8": _infer_avg_pool2d,
     "hone.mean_int8": _infer_mean,
     "hone.quantize": _infer_quantize,

@@ -89,7 +89,9 @@ def test_layout_leaves_a_network_without_convolutions_alone(rng: np.random.Gener
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_layout_of_a_transposed_convolution_stays(rng: np.random.Generator, groups: int) -> None:
+def test_transposed_convolution_of_one_group_is_converted_but_for_its_weights(
+    rng: np.random.Generator, groups: int
+) -> None:
     def network(*, converted: bool) -> tvm.IRModule:
         builder = relax.BlockBuilder()
         x = relax.Var("x", relax.TensorType((2, 3, 5, 6), "float32"))
@@ -100,12 +102,17 @@ def test_layout_of_a_transposed_convolution_stays(rng: np.random.Generator, grou
                     weight = relax.const(weights[0].transpose(0, 2, 3, 1))
                     layouts = {"data_layout": "NHWC", "kernel_layout": "OHWI", "out_layout": "NHWC"}
                     y = builder.emit(relax.op.nn.conv2d(y, weight, **layouts))
-                    y = builder.emit(relax.op.permute_dims(y, [0, 3, 1, 2]))
+                    layouts = {"data_layout": "NHWC", "out_layout": "NHWC"} if groups == 1 else {}
+                    if groups > 1:
+                        y = builder.emit(relax.op.permute_dims(y, [0, 3, 1, 2]))
                 else:
                     y = builder.emit(relax.op.nn.conv2d(x, relax.const(weights[0])))
+                    layouts = {}
                 z = relax.op.nn.conv2d_transpose(
-                    y, relax.const(weights[1]), strides=2, groups=groups
+                    y, relax.const(weights[1]), strides=2, groups=groups, **layouts
                 )
+                if converted and groups == 1:
+                    z = relax.op.permute_dims(builder.emit(z), [0, 3, 1, 2])
                 z = builder.emit_output(z)
             builder.emit_func_output(z)
         return builder.get()

@@ -95,6 +95,30 @@ def test_transposed_convolution_equals_the_oracle(
     np.testing.assert_allclose(actual, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_transposed_convolution_over_nhwc_equals_the_oracle(
+    case: Case, run_op: RunOp, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal(case.x).astype("float32")
+    weight = rng.standard_normal((case.x[1], case.k, *case.taps)).astype("float32")
+    exact = transposed_oracle(
+        x, weight, strides=case.strides, padding=case.padding, output_padding=case.output_padding
+    )
+    actual, rules = run_op(
+        lambda v: relax.op.nn.conv2d_transpose(
+            v,
+            relax.const(weight),
+            strides=case.strides,
+            padding=case.padding,
+            output_padding=case.output_padding,
+            data_layout="NHWC",
+        ),
+        np.ascontiguousarray(x.transpose(0, 2, 3, 1)),
+    )
+    assert {"conv2d", "winograd"} & set(rules)
+    np.testing.assert_allclose(actual.transpose(0, 3, 1, 2), exact, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("x", "k", "taps", "stride", "padding", "dilation", "groups"),
     [((1, 7, 33), 5, 3, 1, (1, 1), 1, 1), ((3, 16, 40), 32, 5, 2, (2, 1), 1, 1),

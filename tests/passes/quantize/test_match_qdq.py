@@ -160,6 +160,25 @@ def test_convolution_is_integer_when_quantized(dtype, zero, axis, weights):
     assert floats(result) == ["hone.dequantize"]
 
 
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize(("weights", "zero"), [("uint8", 30), ("int8", -128), ("uint8", 255)])
+def test_layers_whose_weights_have_a_zero_point_are_integer(weights, zero, axis):
+    net = Net()
+    x = net.qdq(net.input(1, 5, 9, 8), 0.02, 121)
+    w = net.weight(6, 5, 3, 3, axis=axis, dtype=weights, zero=zero)
+    y = net.node("Conv", x, w, net.bias(6), pads=[1, 0, 1, 2], strides=[2, 1])
+    y = net.qdq(y, 0.2, 90)
+    w = net.weight(6, 1, 3, 3, axis=axis, dtype=weights, zero=zero)
+    y = net.qdq(net.node("Conv", y, w, net.bias(6), group=6), 2.0, 121)
+    y = net.node("Reshape", y, net.const([6, 18], np.int64))
+    w = net.weight(18, 7, axis=None if axis is None else 1, dtype=weights, zero=zero)
+    y = net.node("Add", net.node("MatMul", y, w), net.bias(7))
+    result = check(net, net.qdq(y, 200.0, 128), level=200.0)
+    assert kinds(result) == ["conv2d", "conv2d", "dense"]
+    assert result.skipped == ()
+    assert floats(result) == ["hone.dequantize"]
+
+
 @pytest.mark.parametrize(("groups", "channels"), [(4, 4), (1, 4)])
 def test_depthwise_and_dilated_convolutions_are_integer(groups, channels):
     net = Net()
@@ -299,7 +318,7 @@ def test_levels_that_a_float_operator_reads_are_converted_for_it():
     z = net.qdq(net.node("Sigmoid", y), 1 / 256, 0)
     w = net.node("Conv", net.node("Mul", y, z), net.weight(4, 4, 1, 1))
     result = check(net, net.qdq(w, 0.05, 128), level=0.05)
-    assert kinds(result) == ["conv2d"]
+    assert kinds(result) == ["conv2d", "table"]
     assert [s.layer for s in result.skipped] == ["conv11"]
     assert "not quantized" in result.skipped[0].reason
 
@@ -307,8 +326,6 @@ def test_levels_that_a_float_operator_reads_are_converted_for_it():
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("asymmetric weights", "beyond int8"),
-        ("groups", "2 groups are neither one nor one for each channel"),
         ("conv1d", "no integer kernel for conv1d"),
         ("input channels", "one scale for each input channel"),
     ],
@@ -317,17 +334,138 @@ def test_layer_stays_float_with_a_reason_when_no_kernel_fits(case, reason):
     net = Net()
     rank = 3 if case == "conv1d" else 4
     x = net.qdq(net.input(*(1, 4, 7, 7)[:rank]), 0.02, 128)
-    weight, attrs = (6, 4, 3, 3)[:rank], {}
+    weight = (6, 4, 3, 3)[:rank]
     options: dict[str, Any] = {"axis": 1 if case == "input channels" else 0}
-    if case == "asymmetric weights":
-        options |= {"dtype": "uint8", "zero": 30}
-    if case == "groups":
-        weight, attrs = (6, 2, 3, 3), {"group": 2}
-    y = net.node("Conv", x, net.weight(*weight, **options), **attrs)
+    y = net.node("Conv", x, net.weight(*weight, **options))
     result = check(net, net.qdq(y, 0.05, 128), level=0.05)
     assert result.quantized == ()
     (skipped,) = result.skipped
     assert reason in skipped.reason
+
+
+@pytest.mark.parametrize(("groups", "channels", "filters"), [(2, 4, 6), (3, 48, 60), (8, 8, 24)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_convolutions_of_groups_are_integer(groups, channels, filters, residual):
+    net = Net()
+    x = net.qdq(net.input(2, channels, 7, 6), 0.02, 121)
+    w = net.weight(filters, channels // groups, 3, 3, dtype="uint8", zero=100)
+    y = net.node("Conv", x, w, net.bias(filters), group=groups, pads=[1, 1, 1, 1])
+    if residual:
+        y = net.node("Add", y, net.qdq(net.input(2, filters, 7, 6), 0.03, 7))
+    result = check(net, net.qdq(y, 0.1, 128), level=0.1, share=0.03 if residual else 0.01)
+    assert (kinds(result), result.skipped) == (["conv2d"], ())
+    assert floats(result) == ["hone.dequantize"]
+
+
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {"strides": [2, 2]},
+        {"strides": [2, 2], "pads": [1, 1, 1, 1], "output_padding": [1, 1]},
+        {"strides": [3, 2], "pads": [1, 0, 2, 1]},
+        {"pads": [1, 1, 1, 1]},
+    ],
+    ids=["doubling", "output padding", "uneven", "stride one"],
+)
+@pytest.mark.parametrize("zero", [128, 30])
+def test_transposed_convolutions_are_integer(attrs, zero):
+    net = Net()
+    x = net.qdq(net.input(2, 5, 4, 6), 0.02, 121)
+    taps = (2, 2) if attrs == {"strides": [2, 2]} else (3, 3)
+    w = net.weight(5, 7, *taps, axis=1, dtype="uint8", zero=zero)
+    y = net.node("Relu", net.node("ConvTranspose", x, w, net.bias(7), **attrs))
+    y = net.qdq(y, 0.05, 3)
+    y = net.qdq(net.node("Conv", y, net.weight(4, 7, 1, 1)), 0.3, 128)
+    result = check(net, y, level=0.3)
+    assert (kinds(result), result.skipped) == (["conv2d_transpose", "conv2d"], ())
+    assert result.quantized[0].layers == ("convtranspose3", "relu4")
+    assert floats(result) == ["hone.dequantize"]
+
+
+def test_transposed_convolution_at_the_end_has_a_float_result():
+    net = Net()
+    x = net.qdq(net.input(1, 5, 4, 6), 0.02, 121)
+    y = net.node("ConvTranspose", x, net.weight(5, 3, 2, 2, axis=1), strides=[2, 2])
+    result = check(net, y, level=0.01)
+    assert (kinds(result), result.skipped) == (["conv2d_transpose"], ())
+
+
+ACTIVATIONS = {
+    "sigmoid": lambda net, x: net.node("Sigmoid", x),
+    "tanh": lambda net, x: net.node("Tanh", x),
+    "silu": lambda net, x: net.node("Mul", x, net.node("Sigmoid", x)),
+    "hard swish": lambda net, x: net.node("HardSwish", x),
+    "hard sigmoid": lambda net, x: net.node("HardSigmoid", x, alpha=0.2, beta=0.6),
+    "leaky relu": lambda net, x: net.node("LeakyRelu", x, alpha=0.1),
+    "elu": lambda net, x: net.node("Elu", x, alpha=0.7),
+    "softplus": lambda net, x: net.node("Softplus", x),
+    "gelu in pieces": lambda net, x: net.node(
+        "Mul",
+        net.node("Mul", x, net.const(0.5, np.float32)),
+        net.node(
+            "Add",
+            net.node("Erf", net.node("Div", x, net.const(2**0.5, np.float32))),
+            net.const(1.0, np.float32),
+        ),
+    ),
+    "power": lambda net, x: net.node("Pow", x, net.const(2.0, np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_function_of_one_tensor_is_a_table(name):
+    net = Net()
+    x = net.qdq(net.input(1, 4, 6, 6), 0.05, 128)
+    y = net.qdq(net.node("Conv", x, net.weight(4, 4, 3, 3)), 0.05, 128)
+    y = net.qdq(ACTIVATIONS[name](net, y), 0.03, 40)
+    y = net.qdq(net.node("Conv", y, net.weight(4, 4, 1, 1)), 0.1, 128)
+    result = check(net, y, level=0.1, share=0.02)
+    assert (kinds(result), result.skipped) == (["conv2d", "table", "conv2d"], ())
+    assert floats(result) == ["hone.dequantize"]
+
+
+def test_gate_of_channels_is_integer():
+    """Squeeze and excitation, as a quantizer writes it: every result quantized."""
+    net = Net()
+    x = net.qdq(net.input(2, 8, 6, 6), 0.05, 100)
+    g = net.qdq(net.node("GlobalAveragePool", x), 0.02, 128)
+    g = net.qdq(net.node("Conv", g, net.weight(4, 8, 1, 1), net.bias(4)), 0.05, 128)
+    s = net.qdq(net.node("Sigmoid", g), 1 / 256, 0)
+    g = net.qdq(net.node("Mul", g, s), 0.03, 10)
+    g = net.qdq(net.node("Conv", g, net.weight(8, 4, 1, 1), net.bias(8)), 0.05, 128)
+    g = net.qdq(net.node("Sigmoid", g), 1 / 256, 0)
+    y = net.qdq(net.node("Mul", x, g), 0.04, 100)
+    y = net.qdq(net.node("Conv", y, net.weight(4, 8, 1, 1)), 0.1, 128)
+    result = check(net, y, level=0.1, share=0.03)
+    assert result.skipped == ()
+    assert kinds(result) == [
+        *("mean", "conv2d", "table", "multiply", "conv2d", "table", "multiply", "conv2d"),
+    ]
+    assert floats(result) == ["hone.dequantize"]
+
+
+def test_shuffle_of_channels_and_resizing_are_integer():
+    net = Net()
+    x = net.qdq(net.input(1, 8, 5, 4), 0.05, 100)
+    name = f"split{len(net.nodes)}"
+    net.nodes.append(helper.make_node("Split", [x], [f"{name}_0", f"{name}_1"], axis=1, name=name))
+    left = net.qdq(f"{name}_0", 0.05, 100)
+    right = net.qdq(f"{name}_1", 0.05, 100)
+    right = net.qdq(net.node("Conv", right, net.weight(4, 4, 1, 1)), 0.04, 90)
+    y = net.qdq(net.node("Concat", left, right, axis=1), 0.05, 100)
+    y = net.node("Reshape", y, net.const([1, 2, 4, 5, 4], np.int64))
+    y = net.node("Transpose", y, perm=[0, 2, 1, 3, 4])
+    y = net.node("Reshape", y, net.const([1, 8, 5, 4], np.int64))
+    y = net.qdq(y, 0.05, 100)
+    y = net.node(
+        "Resize", y, "", net.const([1, 1, 2, 2], np.float32),
+        mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric",
+    )  # fmt: skip
+    y = net.qdq(y, 0.05, 100)
+    y = net.qdq(net.node("Conv", y, net.weight(4, 8, 3, 3)), 0.1, 128)
+    result = check(net, y, level=0.1)
+    assert result.skipped == ()
+    assert floats(result) == ["hone.dequantize"]
 
 
 def test_two_activations_are_multiplied_in_float():

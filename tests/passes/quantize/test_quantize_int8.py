@@ -333,18 +333,18 @@ def test_activation_is_absorbed_when_it_only_clips(clip: Callable) -> None:
 def test_float_operator_between_gets_conversions_on_both_sides() -> None:
     def body(x: relax.Var, emit: Emit) -> relax.Expr:
         a = emit(conv(x, weights(2, 1, 1, 3)), "conv1")
-        a = emit(relax.op.nn.silu(a), "silu1")
+        a = emit(relax.op.nn.softmax(a), "softmax1")
         return conv(a, weights(1, 1, 1, 2))
 
     result = whole(network((1, 2, 2, 3), body))
     assert ops(result.module) == [
         "hone.quantize",
         "hone.conv2d_int8",
-        "relax.nn.silu",
+        "relax.nn.softmax",
         "hone.quantize",
         "hone.conv2d_int8",
     ]
-    assert result.conversions == ("x@quantize", "silu1@quantize")
+    assert result.conversions == ("x@quantize", "softmax1@quantize")
 
 
 def test_tensor_is_converted_once_when_several_read_it() -> None:
@@ -482,14 +482,21 @@ def test_convolution_stays_float_when_its_layout_is_nchw() -> None:
     unchanged(module, "y", "the layout is NCHW OIHW NCHW, not NHWC OHWI NHWC")
 
 
-def test_convolution_stays_float_when_it_has_groups() -> None:
-    module = network((1, 4, 4, 4), lambda x, _: conv(x, weights(4, 1, 1, 2), groups=2))
-    unchanged(module, "y", "2 groups are neither one nor one for each channel")
-
-
-def test_depthwise_stays_float_when_it_multiplies_channels() -> None:
-    module = network((1, 4, 4, 2), lambda x, _: conv(x, weights(4, 1, 1, 1), groups=2))
-    unchanged(module, "y", "2 groups are neither one nor one for each channel")
+@pytest.mark.parametrize(
+    ("channels", "filters", "groups"), [(4, 4, 2), (2, 4, 2), (48, 48, 3)], ids=str
+)
+def test_convolution_of_groups_is_cut_into_convolutions(
+    channels: int, filters: int, groups: int
+) -> None:
+    weight = weights(filters, 3, 2, channels // groups)
+    module = network((2, 5, 4, channels), lambda x, _: conv(x, weight, groups=groups))
+    result = whole(module)
+    assert result.skipped == ()
+    parts = 3 if groups == 3 else 1
+    assert ops(result.module).count("hone.conv2d_int8") == parts
+    x = np.random.default_rng(1).uniform(-1, 1, (2, 5, 4, channels)).astype(np.float32)
+    (want,), (got,) = run(module, x), run(result.module, x)
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
 def test_convolution_stays_float_when_its_weight_is_computed() -> None:
