@@ -45,32 +45,36 @@ class Rows:
         Bytes from one pixel to the next in the padded data.
     groups : int
         Groups of one run.
+    group : int
+        Bytes of a group.
     """
 
     joined: bool
     taps: int
     channels: int
     groups: int
+    group: int = GROUP
 
     @classmethod
-    def of(cls, window: Window) -> Rows:
-        """Return the cut of a window."""
+    def of(cls, window: Window, group: int = GROUP) -> Rows:
+        """Return the cut of a window into groups of a size."""
         channels, taps = window.shape[3], window.taps[1]
-        if channels % GROUP and window.dilation[1] == 1:
-            return cls(joined=True, taps=1, channels=channels, groups=-(-taps * channels // GROUP))
-        rounded = rounded_up(channels, GROUP)
-        return cls(joined=False, taps=taps, channels=rounded, groups=rounded // GROUP)
+        if channels % group and window.dilation[1] == 1:
+            groups = -(-taps * channels // group)
+            return cls(joined=True, taps=1, channels=channels, groups=groups, group=group)
+        rounded = rounded_up(channels, group)
+        return cls(joined=False, taps=taps, channels=rounded, groups=rounded // group, group=group)
 
 
 def pack_conv2d(weight: np.ndarray, rows: Rows, tile: int) -> np.ndarray:
-    """Pack ``[K, R, S, C]`` to ``[ceil(K / tile), R, taps, groups, tile, GROUP]``, zeros around."""
+    """Pack ``[K, R, S, C]`` to ``[ceil(K / tile), R, taps, groups, tile, group]``, zeros around."""
     filters, taps_h = weight.shape[:2]
     runs = weight.reshape(filters, taps_h, rows.taps, -1)
     padded = np.zeros(
-        (rounded_up(filters, tile), taps_h, rows.taps, rows.groups * GROUP), weight.dtype
+        (rounded_up(filters, tile), taps_h, rows.taps, rows.groups * rows.group), weight.dtype
     )
     padded[:filters, ..., : runs.shape[-1]] = runs
-    blocked = padded.reshape(-1, tile, taps_h, rows.taps, rows.groups, GROUP)
+    blocked = padded.reshape(-1, tile, taps_h, rows.taps, rows.groups, rows.group)
     return np.ascontiguousarray(blocked.transpose(0, 2, 3, 4, 1, 5))
 
 
@@ -91,14 +95,14 @@ def conv2d(
     levels: te.Tensor,
     residual: te.Tensor | None = None,
     residual_multiplier: te.Tensor | None = None,
+    offsets: te.Tensor | None = None,
+    window_sums: te.Tensor | None = None,
     *,
     window: Window,
     rows: Rows,
     tile_columns: int,
     offset: int,
     out_dtype: str,
-    offsets: te.Tensor | None = None,
-    window_sums: te.Tensor | None = None,
 ) -> te.Tensor:
     """Return ``hone.conv2d_int8`` with weights packed by `pack_conv2d`.
 
@@ -129,10 +133,10 @@ def conv2d(
     if rows.joined:
         # A row is one run of bytes: the last group may end beyond the last pixel.
         first = (columns - 1) * window.strides[1] * rows.channels
-        source = _pad_rows(data, window, levels, first + rows.groups * GROUP)
+        source = pad_rows(data, window, levels, first + rows.groups * GROUP, name="qconv_pad")
     else:
         needed = (columns - 1) * window.strides[1] + window.dilation[1] * (window.taps[1] - 1) + 1
-        source = _pad_pixels(data, window, levels, needed, rows.channels)
+        source = pad_pixels(data, window, levels, needed, rows.channels, name="qconv_pad")
     r = te.reduce_axis((0, taps_h), "r")
     s = te.reduce_axis((0, rows.taps), "s")
     group = te.reduce_axis((0, rows.groups), "group")
@@ -166,10 +170,13 @@ def conv2d(
     )
 
 
-def _pad_pixels(
-    data: te.Tensor, window: Window, levels: te.Tensor, width: int, channels: int
+def pad_pixels(
+    data: te.Tensor, window: Window, levels: te.Tensor, width: int, channels: int, *, name: str
 ) -> te.Tensor:
-    """Return ``[N, H, W, C]`` with zero points around each image and behind each pixel."""
+    """Return ``[N, H, W, C]`` with zero points around each image and behind each pixel.
+
+    At least ``width`` pixels of ``channels``; the data itself where nothing is added.
+    """
     batch, height, in_width, depth = window.shape
     top, left, bottom, right = window.padding
     width = max(width, in_width + left + right)
@@ -184,11 +191,13 @@ def _pad_pixels(
             tirx.all(*bounds), data[n, h - top, w - left, c], tirx.Cast(data.dtype, levels[0])
         )
 
-    return te.compute((batch, height + top + bottom, width, channels), element, name="qconv_pad")
+    return te.compute((batch, height + top + bottom, width, channels), element, name=name)
 
 
-def _pad_rows(data: te.Tensor, window: Window, levels: te.Tensor, run: int) -> te.Tensor:
-    """Return ``[N, H, bytes of a row]`` with zero points around."""
+def pad_rows(
+    data: te.Tensor, window: Window, levels: te.Tensor, run: int, *, name: str
+) -> te.Tensor:
+    """Return ``[N, H, bytes of a row]``, at least ``run`` of them, with zero points around."""
     batch, height, in_width, depth = window.shape
     top, left, bottom, right = window.padding
     run = rounded_up(max(run, (in_width + left + right) * depth), GROUP)
@@ -202,7 +211,7 @@ def _pad_rows(data: te.Tensor, window: Window, levels: te.Tensor, run: int) -> t
         row = tirx.if_then_else(tirx.likely(x >= left * depth), row, zero_point)
         return tirx.if_then_else(tirx.all(h >= top, h < height + top), row, zero_point)
 
-    return te.compute((batch, height + top + bottom, run), element, name="qconv_pad")
+    return te.compute((batch, height + top + bottom, run), element, name=name)
 
 
 def dense(
@@ -213,6 +222,8 @@ def dense(
     levels: te.Tensor,
     residual: te.Tensor | None = None,
     residual_multiplier: te.Tensor | None = None,
+    offsets: te.Tensor | None = None,
+    window_sums: te.Tensor | None = None,
     *,
     tile_rows: int,
     offset: int,
@@ -224,8 +235,6 @@ def dense(
     what is computed twice is cut off.
     """
     rows, depth = (int(extent) for extent in data.shape)
-    offsets: te.Tensor | None = None,
-    window_sums: te.Tensor | None = None,
     channels = int(bias.shape[0])
     blocks, groups, tile, _ = (int(extent) for extent in weight.shape)
     source = data

@@ -25,7 +25,7 @@ from hone.targets.integer_dot import GROUP, LEVEL_OFFSET
 from hone.targets.schedule.integer import choose_dot_tile
 from hone.targets.schedule.machine import Machine, Tile, choose_tile
 
-from . import dot_kernels, kernels, tile_kernels
+from . import dot_kernels, kernels, matrix_kernels, tile_kernels
 from .operators import NAMES
 
 DEFAULT_LANES = 16
@@ -162,6 +162,17 @@ def _dot_conv2d(
     )
     if tiles is not None:
         return tiles
+    matrices = matrix_kernels.lower_conv2d(
+        machine,
+        bb,
+        [data, bias, *others],
+        weight,
+        window,
+        out_dtype=_dtype(call),
+        wrap=_in_order(call),
+    )
+    if matrices is not None:
+        return matrices
     cut = dot_kernels.Rows.of(window)
     height, width = window.output
     tile = choose_dot_tile(
@@ -173,6 +184,14 @@ def _dot_conv2d(
         taps=window.taps[0] * cut.taps,
     )
     offset = LEVEL_OFFSET.get(machine.integer_dot, 0)
+    kernel = partial(
+        dot_kernels.conv2d,
+        window=window,
+        rows=cut,
+        tile_columns=tile.columns,
+        offset=offset,
+        out_dtype=_dtype(call),
+    )
     return bb.call_te(
         _in_order(call)(kernel),
         data,
@@ -188,14 +207,6 @@ def _dot_dense(
     machine: Machine, plain: Legalization, bb: relax.BlockBuilder, call: relax.Call
 ) -> relax.Expr:
     data, _, bias, *others = call.args
-    kernel = partial(
-        dot_kernels.conv2d,
-        window=window,
-        rows=cut,
-        tile_columns=tile.columns,
-        offset=offset,
-        out_dtype=_dtype(call),
-    )
     if str(data.ty.dtype) != "uint8":
         return plain(bb, call)
     weight = _constant(call, 1)
@@ -212,9 +223,22 @@ def _dot_dense(
     )
     if tiles is not None:
         return _in_shape(bb, tiles, shape, channels)
+    matrices = matrix_kernels.lower_dense(
+        machine,
+        bb,
+        [data, bias, *others],
+        weight,
+        out_dtype=_dtype(call),
+        wrap=_in_order(call),
+    )
+    if matrices is not None:
+        return _in_shape(bb, matrices, shape, channels)
     groups = dot_kernels.rounded_up(depth, GROUP) // GROUP
     tile = choose_dot_tile(machine, height=1, width=rows, channels=channels, depth=groups, taps=1)
     offset = LEVEL_OFFSET.get(machine.integer_dot, 0)
+    kernel = partial(
+        dot_kernels.dense, tile_rows=tile.columns, offset=offset, out_dtype=_dtype(call)
+    )
     product = bb.call_te(
         _in_order(call)(kernel),
         data,
@@ -237,42 +261,6 @@ def _corrected(
     return bb.normalize(bb.emit(relax.op.add(bias, relax.const(sums * np.int32(offset)))))
 
 
-def _as_rows(
-    bb: relax.BlockBuilder, data: relax.Expr, others: list[relax.Expr]
-) -> tuple[relax.Expr, list[relax.Expr], list[int]]:
-    """Return the data and the residual of a matrix product as matrices, and the data's shape.
-
-    ``others`` are the arguments after the bias; a residual and sums of rows have the data's rows.
-    """
-    shape = [int(extent) for extent in data.ty.shape]
-    if len(shape) > 2:
-        rows = math.prod(shape[:-1])
-    kernel = partial(
-        dot_kernels.dense, tile_rows=tile.columns, offset=offset, out_dtype=_dtype(call)
-    )
-        data = bb.emit(relax.op.reshape(data, (rows, shape[-1])))
-        others = [
-            bb.emit(relax.op.reshape(x, (rows, int(x.ty.shape[-1])))) if _rank(x) > 2 else x
-            for x in others
-        ]
-    return data, others, shape
-
-
-def _in_shape(
-    bb: relax.BlockBuilder, product: relax.Expr, shape: list[int], channels: int
-) -> relax.Expr:
-    """Return a matrix as the product of data that had a shape."""
-    if len(shape) > 2:
-        product = relax.op.reshape(bb.emit(product), (*shape[:-1], channels))
-    return product
-
-
-def _add(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    kernel = partial(kernels.add, out_dtype=_dtype(call))
-    return bb.call_te(kernel, *call.args, primfunc_name_hint="add_int8")
-
-
-def _avg_pool2d(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 def _in_order(call: relax.Call) -> tile_kernels.Wrap:
     """Return what makes a kernel take the arguments of a call: offsets without a residual too."""
     if not bool(call.attrs["offsets"]):
@@ -292,6 +280,67 @@ def _with_offsets(kernel: tile_kernels.Kernel) -> tile_kernels.Kernel:
     return reordered
 
 
+def _as_rows(
+    bb: relax.BlockBuilder, data: relax.Expr, others: list[relax.Expr]
+) -> tuple[relax.Expr, list[relax.Expr], list[int]]:
+    """Return the data and what stands beside it as matrices, and the data's shape.
+
+    ``others`` are the arguments after the bias; a residual and sums of rows have the data's rows.
+    """
+    shape = [int(extent) for extent in data.ty.shape]
+    if len(shape) > 2:
+        rows = math.prod(shape[:-1])
+        data = bb.emit(relax.op.reshape(data, (rows, shape[-1])))
+        others = [
+            bb.emit(relax.op.reshape(x, (rows, int(x.ty.shape[-1])))) if _rank(x) > 2 else x
+            for x in others
+        ]
+    return data, others, shape
+
+
+def _rank(value: relax.Expr) -> int:
+    return len(value.ty.shape)
+
+
+def _in_shape(
+    bb: relax.BlockBuilder, product: relax.Expr, shape: list[int], channels: int
+) -> relax.Expr:
+    """Return a matrix as the product of data that had a shape."""
+    if len(shape) > 2:
+        product = relax.op.reshape(bb.emit(product), (*shape[:-1], channels))
+    return product
+
+
+def _row_sums(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    shape = [int(extent) for extent in call.args[0].ty.shape]
+    sums = bb.call_te(kernels.row_sums, call.args[0], primfunc_name_hint="row_sums")
+    return relax.op.reshape(bb.emit(sums), (*shape[:-1], 1))
+
+
+def _window_sums(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    data, border = call.args
+    window = _window(call, _ints(call, "taps"))
+    image = bb.emit(relax.op.reshape(data, window.shape[:3]))
+    kernel = partial(kernels.window_sums, window=window)
+    sums = bb.call_te(kernel, image, border, primfunc_name_hint="window_sums")
+    return relax.op.reshape(bb.emit(sums), (window.shape[0], *window.output, 1))
+
+
+def _add(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    kernel = partial(kernels.add, out_dtype=_dtype(call))
+    return bb.call_te(kernel, *call.args, primfunc_name_hint="add_int8")
+
+
+def _multiply(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    kernel = partial(kernels.multiply, out_dtype=_dtype(call))
+    return bb.call_te(kernel, *call.args, primfunc_name_hint="multiply_int8")
+
+
+def _table(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    return bb.call_te(kernels.table, *call.args, primfunc_name_hint="table_int8")
+
+
+def _avg_pool2d(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     window = _window(call, _ints(call, "pool_size"))
     return bb.call_te(
         partial(kernels.avg_pool2d, window=window, out_dtype=_dtype(call)),
@@ -309,10 +358,6 @@ def _mean(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
         primfunc_name_hint="mean_int8",
         primfunc_attrs=ANCHOR,
     )
-def _rank(value: relax.Expr) -> int:
-    return len(value.ty.shape)
-
-
 
 
 def _quantize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -322,34 +367,10 @@ def _quantize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 
 def _dequantize(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     return bb.call_te(kernels.dequantize, *call.args, primfunc_name_hint="dequantize")
-def _row_sums(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    shape = [int(extent) for extent in call.args[0].ty.shape]
-    sums = bb.call_te(kernels.row_sums, call.args[0], primfunc_name_hint="row_sums")
-    return relax.op.reshape(bb.emit(sums), (*shape[:-1], 1))
-
-
-def _window_sums(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    data, border = call.args
-    window = _window(call, _ints(call, "taps"))
-    image = bb.emit(relax.op.reshape(data, window.shape[:3]))
-    kernel = partial(kernels.window_sums, window=window)
-    sums = bb.call_te(kernel, image, border, primfunc_name_hint="window_sums")
-    return relax.op.reshape(bb.emit(sums), (window.shape[0], *window.output, 1))
-
-
 
 
 def _one_vector(**_shape: int) -> Tile:
     return Tile(rows=1, columns=1, vectors=1)
-
-def _multiply(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    kernel = partial(kernels.multiply, out_dtype=_dtype(call))
-    return bb.call_te(kernel, *call.args, primfunc_name_hint="multiply_int8")
-
-
-def _table(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    return bb.call_te(kernels.table, *call.args, primfunc_name_hint="table_int8")
-
 
 
 def _register() -> None:
