@@ -17,11 +17,9 @@ from .importing import onnx_file
 from .measure import Contender, InProcess, Latency, Rounds, Speedup, measure
 from .model import Model
 from .package import Package
-from .peers import Peer
+from .peers import Peer, peer_precision
 from .progress import Progress, silent
 from .rounding import is_quantized
-
-HALVES = ("bf16", "fp16")
 
 # Folders that are looked through for the model of a package: a project, not a whole disk.
 MOST_FOLDERS = 1000
@@ -95,7 +93,7 @@ def bench(
     threads : int
         Threads of one run, for everybody; at most as many as there are processors.
     rounds : Rounds, optional
-        How often to run.
+        How often to run; more often where it takes more to compare with a peer.
     shapes : dict, optional
         Static shapes of a model's inputs.
     progress : Progress, optional
@@ -137,9 +135,7 @@ def bench(
     precisions: dict[str, str] = {
         name: runner.manifest.precision for name, runner in runners.items()
     }
-    # What hone may do with float layers, a peer may do too.
-    halves = [name for name in HALVES if name in precisions.values()]
-    floats = halves[0] if halves else "fp32"
+    floats = peer_precision(*precisions.values())
     plan = rounds or Rounds()
     with ExitStack() as stack:
         for name in vs:
@@ -156,8 +152,9 @@ def bench(
             # What it was asked for is the precision of its float layers.
             quantized = is_quantized(source.source)
             precisions[name] = "int8" if quantized else peer.info.precision
-        task = stack.enter_context(progress.task("measure", total=plan.rounds))
-        measured = measure(contenders, plan, on_round=task.update)
+        task = stack.enter_context(progress.task("measure", total=plan.most))
+        compared = [(name, peer) for name in runners for peer in vs]
+        measured = measure(contenders, plan, settle=compared, on_round=task.update)
     results = tuple(
         Result(
             name=name,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,16 +20,16 @@ import numpy as np
 from hone.targets.target import Target, resolve
 
 from . import driver, fingerprint, importer, parity
-from .activations import activation_bytes
+from .beside_peers import measure_beside_peers
 from .data import Dataset
 from .data import load as load_data
 from .database import Database
-from .errors import OutOfTimeError, ToolchainError, UsageError
+from .errors import OutOfTimeError, UsageError
 from .evaluate import Quality, evaluate
-from .measure import Contender, InProcess, Measurement, Outcome, Rounds, Speedup, measure
+from .measure import InProcess, Measurement, Rounds, measure
 from .model import Model
 from .packaging.manifest import AccuracyEntry
-from .peers import Peer
+from .peers import peer_precision
 from .profile import Profile, profile
 from .profiling.kernel_timer import ROUNDS
 from .profiling.roofline import of_this_machine
@@ -46,6 +45,7 @@ from .steps.options.section import StepSection
 from .steps.options.tune import TuneStep
 from .steps.trials import Trials
 from .summary import Judged, Version, summarize
+from .verdict import Change, judge
 
 if TYPE_CHECKING:
     from .tune import TuneResult
@@ -240,13 +240,19 @@ class _Build:
         }
 
     def _compare(self, versions: Mapping[str, Version]) -> Measurement:
-        """Run versions in interleaved rounds."""
+        """Run versions in interleaved rounds, until it is known how they compare with the first."""
         inputs = self.evaluation.sample(0)
         contenders = {
             name: InProcess(version.runner.prepare(inputs)) for name, version in versions.items()
         }
-        with self.progress.task("measure", total=self.rounds.rounds) as task:
-            return measure(contenders, self.rounds, on_round=task.update)
+        first, *others = versions
+        with self.progress.task("measure", total=self.rounds.most) as task:
+            return measure(
+                contenders,
+                self.rounds,
+                settle=[(name, first) for name in others],
+                on_round=task.update,
+            )
 
     # ---------------------------------------------------------------- steps
 
@@ -331,34 +337,21 @@ class _Build:
         )
 
     def _judge(self, version: Version, kept: Version) -> Judged:
-        """Measure a candidate against what was kept, and say whether it stays."""
-        lost = self._lost(version.quality)
-        budget = self.recipe.goal.max_accuracy_drop
+        """Hold a candidate against what was kept, and say whether it stays."""
         speedup = None
-        if self.measurable:
+        if self.measurable and self.recipe.goal.goal == "latency":
             measured = self._compare({"kept": kept, "candidate": version})
             speedup = measured.speedup("candidate", over="kept")
-        smaller = version.weights_bytes < kept.weights_bytes
-        size = f"weights {kept.weights_bytes} → {version.weights_bytes} bytes"
-        if lost > budget + 1e-12:
-            verdict, reason = (
-                Verdict.REVERTED,
-                f"loses {self._loss(lost)}, budget {self._loss(budget)}",
-            )
-        elif self.recipe.goal.goal == "size":
-            verdict = Verdict.KEPT if smaller else Verdict.REVERTED
-            reason = size if smaller else f"not smaller: {size}"
-        elif self.recipe.goal.goal == "memory":
-            before, after = (self._activations(each) for each in (kept, version))
-            memory = f"activations {before} → {after} bytes"
-            verdict = Verdict.KEPT if after < before else Verdict.REVERTED
-            reason = memory if after < before else f"no less memory: {memory}"
-        elif speedup is None:
-            verdict, reason = Verdict.NOT_MEASURED, f"no device; {size}"
-        elif speedup.outcome is Outcome.FASTER:
-            verdict, reason = Verdict.KEPT, _speed(speedup)
-        else:
-            verdict, reason = Verdict.REVERTED, f"not faster outside noise: {_speed(speedup)}"
+        memory = None
+        if self.recipe.goal.goal == "memory":
+            memory = self._activations(kept), self._activations(version)
+        change = Change(
+            lost=self._lost(version.quality),
+            weights_bytes=(kept.weights_bytes, version.weights_bytes),
+            speedup=speedup,
+            activations_bytes=memory,
+        )
+        verdict, reason = judge(change, self.recipe)
         return Judged(
             name=version.name,
             version=version,
@@ -369,8 +362,10 @@ class _Build:
 
     def _activations(self, version: Version) -> int:
         """Return the memory that the activations of a version share."""
-        module = version.assembled.scheduled.module
-        return activation_bytes(module, self.target, threads=self.threads)
+        memory = version.assembled.package.manifest.memory
+        if memory is None:
+            raise ValueError("a package that was compiled just now knows its memory")
+        return memory.activations_bytes
 
     def _lost(self, quality: Quality) -> float:
         """Return the loss against the baseline, in the unit of the accuracy budget."""
@@ -378,15 +373,10 @@ class _Build:
             return (self.baseline_accuracy or 0.0) - (quality.accuracy or 0.0)
         return quality.output_error or 0.0
 
-    def _loss(self, amount: float) -> str:
-        if self.recipe.data.metric == "top1":
-            return f"{100 * amount:.2f} points of top-1"
-        return f"{amount:.2g} relative output error"
-
     # ---------------------------------------------------------------- results
 
     def _finish(self, rows: list[Judged], kept: Version) -> Report:
-        measured, peers = self._measure_all(rows)
+        measured, peers = self._measure_all(rows, kept)
         report = summarize(
             self.recipe,
             self.model,
@@ -449,37 +439,36 @@ class _Build:
             decided["tuning_database"] = self.database.fingerprint()
         return decided
 
-    def _measure_all(self, rows: list[Judged]) -> tuple[Measurement | None, dict[str, PeerRow]]:
+    def _measure_all(
+        self, rows: list[Judged], kept: Version
+    ) -> tuple[Measurement | None, dict[str, PeerRow]]:
         """Measure every version and every peer in one interleaved run."""
-        peers: dict[str, PeerRow] = {}
         if not self.measurable or self.model.source is None:
-            return None, peers
+            return None, {}
         inputs = self.evaluation.sample(0)
-        contenders: dict[str, Contender] = {
-            row.name: InProcess(row.version.runner.prepare(inputs)) for row in rows if row.version
-        }
-        with ExitStack() as stack:
-            running = []
-            for name in self.recipe.measure.baselines:
-                try:
-                    peer = Peer(name, self.model.source, inputs, threads=self.threads)
-                except ToolchainError as error:
-                    # What was compressed and measured so far is worth more than the comparison.
-                    self.notes.append(f"not compared with {name}: {error.message}")
-                    continue
-                contenders[name] = stack.enter_context(peer)
-                running.append(peer.info)
-            with self.progress.task("measure all together", total=self.rounds.rounds) as task:
-                measured = measure(contenders, self.rounds, on_round=task.update)
-        for info in running:
-            peers[info.name] = PeerRow(
-                latency_ms=Latency.of(measured.latency(info.name)),
+        found = measure_beside_peers(
+            {row.name: row.version.runner.prepare(inputs) for row in rows if row.version},
+            next(row.name for row in rows if row.version is kept),
+            names=self.recipe.measure.baselines,
+            source=self.model.source,
+            inputs=inputs,
+            threads=self.threads,
+            precision=peer_precision(kept.precision),
+            rounds=self.rounds,
+            progress=self.progress,
+        )
+        self.notes += found.notes
+        peers = {
+            info.name: PeerRow(
+                latency_ms=Latency.of(found.measured.latency(info.name)),
                 accuracy=self._peer_accuracy(info.name),
                 version=info.version,
                 threads=info.threads,
                 precision=info.precision,
             )
-        return measured, peers
+            for info in found.peers
+        }
+        return found.measured, peers
 
     def _peer_accuracy(self, name: str) -> float | None:
         """Return onnxruntime's accuracy; other peers are measured for latency only."""
@@ -487,8 +476,3 @@ class _Build:
             return None
         quality, _ = evaluate(reference(self.model, threads=self.threads).run, self.evaluation)
         return quality.accuracy
-
-
-def _speed(speedup: Speedup) -> str:
-    low, high = speedup.ci95
-    return f"{speedup.ratio:.2f} times as fast (95% {low:.2f} to {high:.2f})"

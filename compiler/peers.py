@@ -50,6 +50,16 @@ class PeerInfo:
     precision: str
 
 
+def peer_precision(*precisions: str) -> str:
+    """Return what peers may compute float layers in, beside packages of these precisions.
+
+    What hone may do, a peer may do too: 16-bit floats where any of the packages has them, else
+    fp32; an int8 model's levels are in its graph, not asked for by a hint.
+    """
+    halves = [name for name in PRECISIONS[1:] if name in precisions]
+    return halves[0] if halves else PRECISIONS[0]
+
+
 class Peer:
     """An ONNX model in another engine, in a child process; a context manager and a contender.
 

@@ -108,7 +108,11 @@ class TuneSection(Section):
 class MeasureSection(Section):
     """``[measure]``: how latency is measured."""
 
-    rounds: Count = Field(default=10, description="interleaved rounds over all contenders")
+    rounds: Count = Field(
+        default=10,
+        description="interleaved rounds over all contenders; up to five times as many until the "
+        "interval of a comparison is narrow",
+    )
     runs: Count = Field(default=10, description="runs of one contender in one round")
     warmup: Annotated[int, Field(ge=0)] = Field(
         default=3, description="first runs of each round that are dropped"

@@ -11,7 +11,7 @@ import hone
 
 from . import driver, environment, runtime
 from .evaluate import Quality
-from .measure import Measurement, Speedup
+from .measure import Measurement
 from .mixed.layer_precision import ConversionCost, LayerPrecision
 from .model import Model
 from .profile import Profile
@@ -217,10 +217,10 @@ def _row(row: Judged, measured: Measurement | None, *, has_peer: bool) -> StepRo
         measurements["latency_ms"] = Latency.of(measured.latency(row.name))
         if has_peer:
             speedup = measured.speedup(row.name, over="onnxruntime")
-            measurements["vs_onnxruntime"] = _comparison(speedup)
+            measurements["vs_onnxruntime"] = Comparison.of(speedup)
         if row.previous is not None:
             speedup = measured.speedup(row.name, over=row.previous)
-            measurements["vs_previous"] = _comparison(speedup)
+            measurements["vs_previous"] = Comparison.of(speedup)
     return common.model_copy(
         update={
             "accuracy": version.quality.accuracy,
@@ -234,7 +234,3 @@ def _row(row: Judged, measured: Measurement | None, *, has_peer: bool) -> StepRo
             **measurements,
         }
     )
-
-
-def _comparison(speedup: Speedup) -> Comparison:
-    return Comparison(ratio=speedup.ratio, ci95=speedup.ci95)

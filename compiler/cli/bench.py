@@ -28,7 +28,7 @@ from hone.cli.command import verb
     default=10,
     show_default=True,
     metavar="N",
-    help="Interleaved rounds.",
+    help="Interleaved rounds; up to five times as many until a ratio's interval is narrow.",
 )
 @options.threads
 @options.shape
@@ -43,7 +43,8 @@ def bench(
 ) -> None:
     """Measure models and packages in one interleaved run, on the same inputs and threads.
 
-    A ratio above 1 means faster than that runtime.
+    A ratio above 1 means faster than that runtime. One with a question mark is not shown: even
+    with more rounds its interval is too wide to say anything, so the machine is too busy.
     """
     from hone import bench as bencher
     from hone.measure import Rounds
@@ -70,7 +71,7 @@ def bench(
                 row.name,
                 row.precision,
                 numbers.timing(row.latency_ms),
-                *(f"{row.ratio[peer]:.2f}x" if peer in row.ratio else "-" for peer in peers),
+                *(numbers.ratio(row.comparison(peer)) for peer in peers),
             )
             for row in result.results
         ],

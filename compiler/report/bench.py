@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue
 
-from hone.report.schema import Latency, Ratio, Row
+from hone.report.schema import Comparison, Latency, Ratio, Row
 
 if TYPE_CHECKING:
     from hone.bench import Bench
@@ -24,6 +24,17 @@ class BenchRow(Row):
         description="speed-up over each runtime: above 1 is faster than it; empty for a runtime"
     )
     ratio_ci95: dict[str, tuple[Ratio, Ratio]]
+    outcome: dict[str, Literal["faster", "slower", "noise", "not shown"]] = Field(
+        description="not shown: the interval is too wide to say anything"
+    )
+
+    def comparison(self, peer: str) -> Comparison | None:
+        """Return how this compares with a runtime; None for a runtime."""
+        if peer not in self.ratio:
+            return None
+        return Comparison(
+            ratio=self.ratio[peer], ci95=self.ratio_ci95[peer], outcome=self.outcome[peer]
+        )
 
 
 class BenchResult(Row):
@@ -44,6 +55,7 @@ class BenchResult(Row):
                 latency_ms=Latency.of(result.latency),
                 ratio={peer: speedup.ratio for peer, speedup in result.ratio.items()},
                 ratio_ci95={peer: speedup.ci95 for peer, speedup in result.ratio.items()},
+                outcome={peer: speedup.outcome.value for peer, speedup in result.ratio.items()},
             )
             for result in bench.results
         ]

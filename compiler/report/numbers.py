@@ -41,11 +41,12 @@ def timing(latency: Latency | None) -> str:
 
 
 def ratio(comparison: Comparison | None) -> str:
-    """Return a speed-up, such as ``1.52x``."""
+    """Return a speed-up, such as ``1.52x``; with ``?`` where the measurement does not show it."""
     if comparison is None:
         return NOTHING
     value = comparison.ratio
-    return f"{value:.2f}x" if value < 99.5 else f"{value:.0f}x"
+    text = f"{value:.2f}x" if value < 99.5 else f"{value:.0f}x"
+    return f"{text} ?" if comparison.outcome == "not shown" else text
 
 
 def size(count: int | None) -> str:

@@ -72,11 +72,15 @@ class Comparison(Row):
 
     ratio: Ratio
     ci95: tuple[Ratio, Ratio] | None = None
+    outcome: Literal["faster", "slower", "noise", "not shown"] | None = Field(
+        default=None,
+        description="noise: the same, or too near to tell; not shown: the interval says nothing",
+    )
 
     @classmethod
     def of(cls, speedup: Speedup) -> Self:
         """Take over what a measurement says of two contenders."""
-        return cls(ratio=speedup.ratio, ci95=speedup.ci95)
+        return cls(ratio=speedup.ratio, ci95=speedup.ci95, outcome=speedup.outcome.value)
 
 
 class Skipped(Row):

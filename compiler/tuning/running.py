@@ -14,7 +14,7 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from hone.measure import SETTLE_S, Measurement, Rounds
+from hone.measure import LEAST_ROUNDS, SETTLE_S, Measurement, Rounds
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 from hone.profiling.kernel_timer import BUILTIN, clock_reader
 
@@ -42,9 +42,6 @@ ONCE = Rounds(rounds=1, runs=1, warmup=0)
 RUNS = (3, 200)
 ROUNDS = (8, 60)
 """Least and most runs of a block, and blocks of a comparison, as planned."""
-
-LEAST_ROUNDS = 5
-"""A comparison that the deadline ends before so many is no comparison."""
 
 
 def plan(run_s: float, contenders: int, seconds: float) -> Rounds:

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from hone import measure as module
-from hone.measure import NOISE, WAKE_S, InProcess, Measurement, Outcome, Rounds, Speedup, measure
+from hone.measure import (
+    LEAST_ROUNDS,
+    NOISE,
+    WAKE_S,
+    InProcess,
+    Measurement,
+    Outcome,
+    Rounds,
+    Speedup,
+    measure,
+)
 
 
 class Scripted:
@@ -116,4 +126,60 @@ def test_speedup_is_noise_when_both_are_the_same_program() -> None:
 def test_outcome_needs_the_interval_and_more_than_the_noise(
     ratio: float, interval: tuple[float, float], expected: Outcome
 ) -> None:
-    assert Speedup(ratio=ratio, ci95=interval).outcome is expected
+    assert Speedup(ratio=ratio, ci95=interval, rounds=10).outcome is expected
+
+
+@pytest.mark.parametrize(
+    ("ratio", "interval", "expected"),
+    [
+        (1.5, (1.02, 7.11), Outcome.NOT_SHOWN),
+        (0.6, (0.2, 0.95), Outcome.NOT_SHOWN),
+        (1.0, (0.8, 1.3), Outcome.NOT_SHOWN),
+        (1.6, (1.3, 2.0), Outcome.NOT_SHOWN),
+        (2.5, (2.2, 3.6), Outcome.FASTER),
+        (0.4, (0.28, 0.45), Outcome.SLOWER),
+    ],
+)
+def test_wide_interval_shows_nothing_unless_it_is_far_from_one(
+    ratio: float, interval: tuple[float, float], expected: Outcome
+) -> None:
+    assert Speedup(ratio=ratio, ci95=interval, rounds=50).outcome is expected
+
+
+def test_few_rounds_show_nothing() -> None:
+    few = two(np.ones((LEAST_ROUNDS - 1, 7)), 2 * np.ones((LEAST_ROUNDS - 1, 7)))
+    assert few.speedup("a", over="b").outcome is Outcome.NOT_SHOWN
+    enough = two(np.ones((LEAST_ROUNDS, 7)), 2 * np.ones((LEAST_ROUNDS, 7)))
+    assert enough.speedup("a", over="b").outcome is Outcome.FASTER
+
+
+def counted(a: list[float], b: list[float], rounds: int) -> int:
+    """Return how many rounds a comparison takes."""
+    contenders = {"a": Scripted("a", a, []), "b": Scripted("b", b, [])}
+    plan = Rounds(rounds=rounds, runs=1, warmup=0)
+    return len(measure(contenders, plan, settle=[("a", "b")]).seconds["a"])
+
+
+def test_rounds_are_added_up_to_the_least_that_shows_anything() -> None:
+    assert counted([1.0], [1.0], 2) == LEAST_ROUNDS
+
+
+def test_no_round_is_added_when_the_interval_is_narrow() -> None:
+    assert counted([1.0], [1.5], 10) == 10
+
+
+def test_rounds_are_added_while_the_interval_is_wide_and_end_at_the_limit() -> None:
+    plan = Rounds(rounds=10, runs=1, warmup=0)
+    assert counted([1.0], [1.0, 1.3], 10) == plan.most == 50
+    # a median of rounds that agree but for the first few is known once those are outweighed
+    assert 10 < counted([1.0], [1.4, 1.3, 1.4, 1.3, 1.4, 1.3, 1.4] + 200 * [1.0], 10) < 50
+
+
+def test_rounds_stay_as_planned_when_nothing_is_compared() -> None:
+    contenders = {"a": Scripted("a", [1.0, 9.0], []), "b": Scripted("b", [1.0], [])}
+    assert len(measure(contenders, Rounds(rounds=3, runs=1, warmup=0)).seconds["a"]) == 3
+
+
+def test_no_round_is_added_when_the_time_is_up(monkeypatch) -> None:
+    monkeypatch.setattr(module, "MORE_S", 0.0)
+    assert counted([1.0], [1.0, 1.3], 10) == 10

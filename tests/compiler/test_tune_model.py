@@ -10,14 +10,14 @@ from tvm import relax, tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
-from hone.measure import SETTLE_S
+from hone.measure import LEAST_ROUNDS, SETTLE_S
 from hone.targets.schedule.cpu import ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import resolve
 from hone.tuning import whole_model
 from hone.tuning.confirm import RECORD, UNTUNED, OutOfTime
 from hone.tuning.records import kernels, workload_module
-from hone.tuning.running import LEAST_ROUNDS, ROUNDS, RUNS, plan
+from hone.tuning.running import ROUNDS, RUNS, plan
 from hone.tuning.tasks import untuned_model
 from hone.tuning.whole_model import Candidates, RunningModel
 

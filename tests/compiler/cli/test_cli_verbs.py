@@ -9,6 +9,7 @@ import pytest
 
 from hone.cli.compile import compile as compile_
 from hone.errors import OutOfTimeError
+from hone.measure import Speedup
 from hone.passes.quantize.calibrator import Method
 from hone.passes.quantize.equalize import By
 from hone.quantized import Wanted
@@ -401,7 +402,7 @@ class TestBench:
     def seen(self, replace_module):
         seen = {}
         latency = SimpleNamespace(median_ms=0.5, p90_ms=0.6, ci95_ms=(0.49, 0.51), samples=70)
-        speedup = SimpleNamespace(ratio=1.5, ci95=(1.4, 1.6))
+        speedup = Speedup(ratio=1.5, ci95=(1.4, 1.6), rounds=10)
 
         def bench(items, **settings):
             seen.update(settings, items=items)
@@ -435,6 +436,7 @@ class TestBench:
             "latency_ms": {"median": 0.5, "p90": 0.6, "ci95": [0.49, 0.51], "samples": 70},
             "ratio": {"onnxruntime": 1.5, "openvino": 1.5},
             "ratio_ci95": {"onnxruntime": [1.4, 1.6], "openvino": [1.4, 1.6]},
+            "outcome": {"onnxruntime": "faster", "openvino": "faster"},
         }
         assert [row["name"] for row in data["results"][1:]] == ["onnxruntime", "openvino"]
         assert data["environment"] == {"cpu": "x"}

@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 
 from hone.errors import UsageError
+from hone.measure import Outcome
 from hone.report import schema
 from hone.report.bench import json_schema as bench_schema
 
@@ -103,11 +104,13 @@ def test_measurements_are_taken_over():
     class Speedup:
         ratio: float = 1.5
         ci95: tuple[float, float] = (1.4, 1.6)
+        outcome: Outcome = Outcome.FASTER
 
     assert schema.Latency.of(Latency()) == schema.Latency(
         median=1.0, p90=2.0, ci95=(0.9, 1.1), samples=7
     )
-    assert schema.Comparison.of(Speedup()) == schema.Comparison(ratio=1.5, ci95=(1.4, 1.6))
+    expected = schema.Comparison(ratio=1.5, ci95=(1.4, 1.6), outcome="faster")
+    assert schema.Comparison.of(Speedup()) == expected
 
 
 @pytest.mark.parametrize(
