@@ -81,7 +81,8 @@ def _zeros(lanes: int) -> tirx.Expr:
     return zero if lanes == 1 else tirx.Broadcast(zero, lanes)
 
 
-def _register_operator(name: str, lower: object) -> None:
+def register_operator(name: str, lower: object) -> None:
+    """Register an operator of TIR that is pure, may be vectorized and is lowered by a function."""
     tvm.ir._ffi_api.RegisterOp(name, "See hone.targets.half_intrinsics.")
     tvm.ir.register_op_attr(name, "TCallEffectKind", 2)  # pure
     tvm.ir.register_op_attr(name, "TVectorizable", True)
@@ -90,7 +91,7 @@ def _register_operator(name: str, lower: object) -> None:
 
 
 def _register() -> None:
-    _register_operator(_ROUND, _lower_round)
+    register_operator(_ROUND, _lower_round)
     for dot in _FORMS:
 
         def product(call: tvm.ir.Call, dot: HalfDot = dot) -> tvm.ir.Call:
@@ -103,8 +104,8 @@ def _register() -> None:
                 return _call_dot(dot, _lanes(call), total, pair)
             return total + pair
 
-        _register_operator(pair_name(dot), product)
-        _register_operator(add_name(dot), add)
+        register_operator(pair_name(dot), product)
+        register_operator(add_name(dot), add)
 
 
 _register()

@@ -1,7 +1,8 @@
 """Gives each function the LLVM IR of the intrinsics that it calls.
 
-Rewrites host functions whose body calls an operator of `hone.targets.half_intrinsics`: the code
-generator links and inlines what stands in ``pragma_import_llvm``. Runs just before
+Rewrites host functions whose body calls an operator of `hone.targets.half_intrinsics` or
+`hone.targets.word_intrinsics`: the code generator links and inlines what stands in
+``pragma_import_llvm``. Runs just before
 ``LowerTVMBuiltin``, which is before these operators are lowered. Numerics: exact.
 """
 
@@ -13,7 +14,7 @@ import tvm
 from tvm import tirx
 from tvm.ir.expr import TensorLoad
 
-from hone.targets.half_intrinsics import definitions
+from hone.targets import half_intrinsics, word_intrinsics
 
 
 def _expressions(statement: tirx.Stmt) -> Iterator[tirx.Expr]:
@@ -65,9 +66,8 @@ class ImportIntrinsics:
     ) -> tirx.PrimFunc:
         """Return the function with its imports, or the very same function."""
         seen: set[int] = set()
-        text = definitions(
-            call for value in _expressions(func.body) for call in _calls(value, seen)
-        )
+        calls = [call for value in _expressions(func.body) for call in _calls(value, seen)]
+        text = half_intrinsics.definitions(calls) + word_intrinsics.definitions(calls)
         if not text:
             return func
         anywhere = tirx.IntImm("int32", 0)

@@ -136,14 +136,14 @@ def transform_weight(weight: np.ndarray, transform: Transform, tile: int) -> np.
     return np.ascontiguousarray(blocked.transpose(0, 1, 2, 4, 3))
 
 
-def _sum(terms: list[tuple[float, tirx.Expr]]) -> tirx.Expr:
+def _sum(terms: list[tuple[float, tirx.Expr]], dtype: str = "float32") -> tirx.Expr:
     """Return a sum of products with coefficients, which are skipped where they are 0 or 1."""
     total = None
     for coefficient, value in terms:
         if coefficient == 0:
             continue
         if abs(coefficient) != 1:
-            value = value * tirx.const(abs(coefficient), "float32")
+            value = value * tirx.const(abs(coefficient), dtype)
         if total is None:
             total = value if coefficient > 0 else -value
         else:
@@ -151,7 +151,7 @@ def _sum(terms: list[tuple[float, tirx.Expr]]) -> tirx.Expr:
     return total
 
 
-def _select(row: tirx.Expr, values: list[tirx.Expr]) -> tirx.Expr:
+def select_row(row: tirx.Expr, values: list[tirx.Expr]) -> tirx.Expr:
     """Return the value of a row; which one is known once the loop over rows is unrolled."""
     chosen = values[-1]
     for index in reversed(range(len(values) - 1)):
@@ -159,10 +159,13 @@ def _select(row: tirx.Expr, values: list[tirx.Expr]) -> tirx.Expr:
     return chosen
 
 
-def _transform_data(
-    transform: Transform, row: tirx.Expr, term: Callable[[int], tirx.Expr]
+def transform_data(
+    transform: Transform,
+    row: tirx.Expr,
+    term: Callable[[int], tirx.Expr],
+    dtype: str = "float32",
 ) -> tirx.Expr:
-    """Return one row of ``B^T`` times a vector.
+    """Return one row of ``B^T`` times a vector, in float32 or in integers.
 
     The rows of ``+a`` and ``-a`` have the same even part and opposite odd parts: written as sum and
     difference, each part is computed once.
@@ -172,12 +175,12 @@ def _transform_data(
         even = [(c, term(i)) for i, c in enumerate(coefficients) if c and i % 2 == 0]
         odd = [(c, term(i)) for i, c in enumerate(coefficients) if c and i % 2]
         if not odd or not even:
-            values.append(_sum(even or odd))
+            values.append(_sum(even or odd, dtype))
         elif position % 2:
-            values.append(_sum(even) + _sum(odd))
+            values.append(_sum(even, dtype) + _sum(odd, dtype))
         else:
-            values.append(_sum(even) - _sum([(-c, value) for c, value in odd]))
-    return _select(row, values)
+            values.append(_sum(even, dtype) - _sum([(-c, value) for c, value in odd], dtype))
+    return select_row(row, values)
 
 
 def _transform_output(
@@ -193,7 +196,7 @@ def _transform_output(
         if power == transform.tile - 1:
             terms.append((1.0, term(transform.side - 1)))
         values.append(_sum(terms))
-    return _select(row, values)
+    return select_row(row, values)
 
 
 def winograd_conv2d(
@@ -245,12 +248,12 @@ def winograd_conv2d(
 
     rows = te.compute(
         (rounded, side, side, depth),
-        lambda p, x, j, c: _transform_data(transform, x, lambda i: pixel(p, i, j, c)),
+        lambda p, x, j, c: transform_data(transform, x, lambda i: pixel(p, i, j, c)),
         name="wino_rows",
     )
 
     def point(x: tirx.Var, y: tirx.Var, p: tirx.Var, c: tirx.Var) -> tirx.Expr:
-        value = _transform_data(transform, y, lambda j: rows[p, x, j, c])
+        value = transform_data(transform, y, lambda j: rows[p, x, j, c])
         return value if pairs is None else pairs.bits(value)
 
     points = te.compute((side, side, rounded, depth), point, name="wino_in")

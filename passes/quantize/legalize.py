@@ -25,7 +25,7 @@ from hone.targets.integer_dot import GROUP, LEVEL_OFFSET
 from hone.targets.schedule.integer import choose_dot_tile
 from hone.targets.schedule.machine import Machine, Tile, choose_tile
 
-from . import dot_kernels, kernels, matrix_kernels, tile_kernels
+from . import dot_kernels, kernels, matrix_kernels, tile_kernels, winograd_lowering
 from .operators import NAMES
 
 DEFAULT_LANES = 16
@@ -173,6 +173,17 @@ def _dot_conv2d(
     )
     if matrices is not None:
         return matrices
+    points = winograd_lowering.lower_conv2d(
+        machine,
+        bb,
+        [data, bias, *others],
+        weight,
+        window,
+        out_dtype=_dtype(call),
+        wrap=_in_order(call),
+    )
+    if points is not None:
+        return points
     cut = dot_kernels.Rows.of(window)
     height, width = window.output
     tile = choose_dot_tile(

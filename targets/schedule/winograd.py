@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 
+import tvm
 from tvm import s_tir
-from tvm.s_tir.schedule import LoopRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from .blocks import (
     MIN_PARALLEL_CYCLES,
@@ -30,6 +31,13 @@ from .blocks import (
 )
 from .contraction import split_sum
 from .machine import Machine, choose_pixels, divisors, prefetch_distance
+
+# Bytes after which addresses share a set of the first level again, and of its lines.
+SET_BYTES = 4096
+LINE_BYTES = 64
+# Ways in which each thread takes a part of the output channels: of all images, of one, of one row
+# of tiles.
+PARTED = ("channels", "images", "cells")
 
 
 def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
@@ -61,22 +69,21 @@ def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
     work = cycles(schedule, columns, machine.lanes)
     schedule.compute_at(columns, k_outer, preserve_unit_loops=True)
     across = int(schedule.get(w_outer).extent)
-    images = int(schedule.get(n).extent)
-    all_tiles = images * int(schedule.get(h_outer).extent) * across
-    ways = {"loops": "loops"}
-    if _has_whole_rows(schedule, across):
-        order = ("rows", "loops") if _fits_by_rows(schedule, machine, across) else ("loops", "rows")
-        ways = {way: way for way in order}
-    if _is_tiny(schedule, machine, all_tiles):
-        ways = {"channels": "channels", **ways}
-    way = machine.pick("way", ways)
-    if way == "rows":
-        task = schedule.fuse(n, h_outer)
-        _schedule_task(schedule, machine, task, across)
-    elif way == "channels":
-        task, k_outer = schedule.split(k_outer, [machine.threads, None])
-        schedule.reorder(task, n, h_outer, w_outer, k_outer)
-        _schedule_task(schedule, machine, task, all_tiles)
+    down, images = int(schedule.get(h_outer).extent), int(schedule.get(n).extent)
+    all_tiles = images * down * across
+    way = machine.pick("way", _ways(schedule, machine, across=across, down=down, images=images))
+    if way in PARTED:
+        part, k_outer = schedule.split(k_outer, [machine.threads, None])
+        outer, inside = {
+            "channels": ([part], [n, h_outer]),
+            "images": ([n, part], [h_outer]),
+            "cells": ([n, h_outer, part], []),
+        }[way]
+        schedule.reorder(*outer, *inside, w_outer, k_outer)
+        tiles = {"channels": all_tiles, "images": down * across, "cells": across}[way]
+        _schedule_task(schedule, machine, schedule.fuse(*outer), tiles)
+    elif way == "rows":
+        _schedule_task(schedule, machine, schedule.fuse(n, h_outer), across)
     else:
         _schedule_input(schedule, machine, None)
         _schedule_products(schedule, machine)
@@ -90,10 +97,58 @@ def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
     schedule.vectorize(k_lane)
 
 
-def _has_whole_rows(schedule: s_tir.Schedule, across: int) -> bool:
-    """Say whether the tiles were not rounded up to more than the rows of the image."""
-    _, _, tiles, _, _ = extents(schedule, schedule.get_sblock("wino_acc"))
-    return tiles % across == 0
+def _ways(
+    schedule: s_tir.Schedule, machine: Machine, *, across: int, down: int, images: int
+) -> dict[str, str]:
+    """Return the ways that a layer can go, the best first."""
+    sums = schedule.get_sblock("wino_acc")
+    _, _, rounded, channels, _ = extents(schedule, sums)
+    shared = channels % (machine.lanes * machine.threads) == 0
+    possible = ["loops"]
+    if rounded % across == 0:
+        possible = ["rows", *(["cells"] if shared else []), *possible]
+    if shared and rounded % (down * across) == 0:
+        possible += ["images"]
+    if _is_tiny(schedule, machine, images * down * across):
+        first = "channels"
+    elif _in_words(schedule):
+        first = _way_of_words(schedule, machine, possible, across=across, down=down, images=images)
+    elif "rows" in possible and _fits_by_rows(schedule, machine, across):
+        first = "rows"
+    else:
+        first = "loops"
+    return {way: way for way in (first, *possible)}
+
+
+def _way_of_words(
+    schedule: s_tir.Schedule,
+    machine: Machine,
+    possible: list[str],
+    *,
+    across: int,
+    down: int,
+    images: int,
+) -> str:
+    """Choose the way of sums of int16, whose transforms are cheap: each thread may repeat them."""
+    sums = schedule.get_sblock("wino_acc")
+    side, _, _, channels, depth = extents(schedule, sums)
+    weight_bytes = math.prod(read_shape(schedule, sums, 1)) * 4
+    balanced = images * down % machine.threads == 0
+    if "rows" in possible and balanced and weight_bytes <= machine.l2_bytes:
+        return "rows"
+    if "cells" in possible and weight_bytes <= machine.threads * machine.l2_bytes:
+        return "cells"
+    # Weights that exceed the caches are read once for an image.
+    image = side * side * down * across * 4 * (depth + channels // machine.threads)
+    if "images" in possible and image <= machine.l2_bytes:
+        return "images"
+    return "loops"
+
+
+def _in_words(schedule: s_tir.Schedule) -> bool:
+    """Say whether the transformed data is int16, two channels to a lane of the products."""
+    rows = schedule.get_sblock("wino_rows")
+    return str(schedule.get(rows).writes[0].source.dtype) == "int16"
 
 
 def _fits_by_rows(schedule: s_tir.Schedule, machine: Machine, across: int) -> bool:
@@ -126,7 +181,16 @@ def _tile_rows(machine: Machine, tiles: int, channels: int, depth: int, pack: in
     return rows
 
 
-def _schedule_task(schedule: s_tir.Schedule, machine: Machine, task: LoopRV, across: int) -> None:
+def _spread(schedule: s_tir.Schedule, block: SBlockRV) -> None:
+    """Keep the points of a tile, which lie one behind the other, out of one set of a cache."""
+    dtype = str(schedule.get(block).writes[0].source.dtype)
+    itemsize = tvm.runtime.DataType(dtype).itemsize
+    *_, tiles, channels = extents(schedule, block)
+    if tiles * channels * itemsize % SET_BYTES == 0:
+        schedule.storage_align(block, 0, 1, SET_BYTES // itemsize, LINE_BYTES // itemsize)
+
+
+def _schedule_task(schedule: s_tir.Schedule, machine: Machine, task: LoopRV, count: int) -> None:
     """Compute transform and products of some tiles and channels inside the output's task."""
     sums = schedule.get_sblock("wino_acc")
     side, _, tiles, channels, depth = extents(schedule, sums)
@@ -135,16 +199,20 @@ def _schedule_task(schedule: s_tir.Schedule, machine: Machine, task: LoopRV, acr
     x, y, p, k = schedule.get_loops(stored)[-4:]
     pack = math.gcd(read_shape(schedule, sums, 1)[-1], int(schedule.get(k).extent))
     lanes = vector_length(pack, machine.lanes)
-    rows = _tile_rows(machine, across, channels, depth, pack)
+    rows = _tile_rows(machine, count, channels, depth, pack)
     p_outer, p_inner = schedule.split(p, [None, rows])
     k_outer, k_vector, k_lane = schedule.split(k, [None, pack // lanes, lanes])
     schedule.reorder(x, y, k_outer, p_outer, p_inner, k_vector, k_lane)
     schedule.compute_at(sums, p_outer, preserve_unit_loops=True)
     outer_loops = len(schedule.get_loops(sums)) - 5
+    _spread(schedule, stored)
     *_, p_sum, k_sum, c = schedule.get_loops(sums)
     chain, lane = schedule.split(k_sum, [None, lanes])
     c, steps = split_sum(schedule, machine, c, depth)
     schedule.reorder(c, *steps, p_sum, chain, lane)
+    weight_bytes = math.prod(read_shape(schedule, sums, 1)) * 4
+    distance = prefetch_distance(machine, rows=tiles, weight_bytes=weight_bytes)
+    prefetch_ahead(schedule, c, machine.pick("ahead", {"yes": distance, "no": 0}))
     for loop in (*steps, p_sum, chain, p_inner, k_vector):
         schedule.unroll(loop)
     schedule.vectorize(lane)
@@ -162,12 +230,14 @@ def _schedule_input(schedule: s_tir.Schedule, machine: Machine, task: LoopRV | N
     if task is not None:
         schedule.compute_at(points, task, preserve_unit_loops=True)
     x, y, p, c = schedule.get_loops(points)[-4:]
-    lanes = vector_length(extents(schedule, points)[-1], machine.lanes)
+    rows = schedule.get_sblock("wino_rows")
+    lanes = machine.lanes * (2 if _in_words(schedule) else 1)
+    lanes = vector_length(extents(schedule, points)[-1], lanes)
     c_outer, c_lane = schedule.split(c, [None, lanes])
     schedule.reorder(p, c_outer, x, y, c_lane)
-    rows = schedule.get_sblock("wino_rows")
     work = cycles(schedule, rows, machine.lanes)
     schedule.compute_at(rows, c_outer, preserve_unit_loops=True)
+    _spread(schedule, points)
     if task is None:
         parallelize(schedule, p, work=work, least=MIN_PARALLEL_CYCLES)
     *_, row, column, lane = schedule.get_loops(rows)

@@ -185,7 +185,7 @@ def test_conv2d_equals_the_oracle_for_every_instruction(case: Conv, form: str) -
         )
 
     got, kernels = compiled(build, [data, bias, multiplier, levels_array, *rest], target)
-    assert kernels == {"conv2d" if form == "plain" else "dot_conv2d"}
+    assert kernels <= ({"conv2d"} if form == "plain" else {"dot_conv2d", "winograd"})
     want = oracle(acc, multiplier, levels_array, case.out, *rest)
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(got, want)
