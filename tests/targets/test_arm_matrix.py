@@ -29,6 +29,7 @@ class Conv:
     residual: bool = False
     out: str = "uint8"
     extreme: bool = False
+    offsets: bool = False
 
 
 CONVS = [
@@ -46,6 +47,10 @@ CONVS = [
     Conv(id="pointwise of odd pixels", shape=(3, 7, 5, 16), filters=(10, 1, 1)),
     Conv(id="pointwise prime", shape=(1, 3, 5, 37), filters=(19, 1, 1)),
     Conv(id="float output", shape=(1, 5, 6, 8), filters=(6, 3, 3), out="float32"),
+    Conv(id="weights with zero points", shape=(2, 5, 7, 8), filters=(14, 3, 3), padding=(1,) * 4,
+         offsets=True),
+    Conv(id="pointwise with zero points", shape=(2, 3, 5, 16), filters=(10, 1, 1), residual=True,
+         offsets=True),
     Conv(id="extreme", shape=(1, 4, 4, 16), filters=(16, 3, 3), extreme=True),
 ]  # fmt: skip
 
@@ -56,6 +61,7 @@ class Dense:
     shape: tuple[int, int]
     channels: int
     residual: bool = False
+    offsets: bool = False
 
 
 DENSES = [
@@ -63,6 +69,7 @@ DENSES = [
     Dense(id="prime rows", shape=(31, 12), channels=33),
     Dense(id="odd depth", shape=(4, 7), channels=5),
     Dense(id="residual", shape=(6, 16), channels=17, residual=True),
+    Dense(id="zero points", shape=(5, 24), channels=14, offsets=True),
 ]
 
 
@@ -130,6 +137,17 @@ class Network:
         values = [bias, multiplier, levels_array, *rest]
         return [self.parameter(value) for value in values]
 
+    def offsets(self, case: Conv | Dense, acc: np.ndarray, sums: np.ndarray) -> dict:
+        """Return the offsets of weights and the sums under windows; ``acc`` gets their product."""
+        if not case.offsets:
+            return {}
+        offsets = self.rng.integers(-100, 100, acc.shape[-1]).astype(np.int32)
+        acc += offsets * sums
+        return {
+            "weight_offsets": self.parameter(offsets),
+            "window_sums": self.parameter(sums.astype(np.int32)),
+        }
+
     def conv(self, case: Conv) -> None:
         depth = case.shape[3]
         data = self.rng.integers(0, 256, case.shape).astype(np.uint8)
@@ -138,7 +156,9 @@ class Network:
             data[:] = 255
             weight[:] = np.where(np.arange(len(weight)) % 2, -127, 127)[:, None, None, None]
         first = self.parameter(data)
-        others = self.finish(case, conv_sums(case, data, weight, 3), case.out)
+        acc = conv_sums(case, data, weight, 3)
+        offsets = self.offsets(case, acc, conv_sums(case, data, np.ones_like(weight[:1]), 3))
+        others = self.finish(case, acc, case.out)
         self.results.append(
             operators.conv2d_int8(
                 first,
@@ -148,6 +168,7 @@ class Network:
                 padding=case.padding,
                 dilation=case.dilation,
                 out_dtype=case.out,
+                **offsets,
             )
         )
 
@@ -156,8 +177,9 @@ class Network:
         weight = self.rng.integers(-127, 128, (case.channels, case.shape[1])).astype(np.int8)
         first = self.parameter(data)
         acc = data.astype(np.int64) @ weight.astype(np.int64).T
+        offsets = self.offsets(case, acc, data.astype(np.int64).sum(1, keepdims=True))
         others = self.finish(case, acc, "uint8")
-        self.results.append(operators.dense_int8(first, relax.const(weight), *others))
+        self.results.append(operators.dense_int8(first, relax.const(weight), *others, **offsets))
 
     def module(self):
         bb = relax.BlockBuilder()
