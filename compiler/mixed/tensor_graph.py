@@ -43,7 +43,8 @@ class TensorGraph:
     layers : tuple of str
         Convolutions and matrix products with constant weights, by binding name, in graph order.
     free : tuple of str
-        Additions of two tensors, which compute in the precision of what they read.
+        Additions, products and concatenations of tensors, which compute in the precision of what
+        they read.
     fixed : tuple of str
         What computes in float whatever is around it, the network's inputs and outputs included.
     edges : tuple of Edge
@@ -59,8 +60,9 @@ class TensorGraph:
 def tensor_graph(module: tvm.IRModule, layers: Collection[str]) -> TensorGraph:
     """Return who hands tensors to whom.
 
-    What an integer operator would absorb (a bias, an activation), and what works on levels as they
-    are (pooling, reshapes, averages), belongs to the node before it.
+    What an integer operator would absorb (a bias, an activation), and what has an integer form of
+    its own with one operand (functions, pooling, reshapes, averages, transposed convolutions),
+    belongs to the node before it.
 
     Parameters
     ----------
@@ -72,14 +74,14 @@ def tensor_graph(module: tvm.IRModule, layers: Collection[str]) -> TensorGraph:
     function = module["main"]
     graph = Dataflow(function)
     found = survey(function)
-    additions = {site.chain[0] for site in found.sites if site.kind is Kind.ADD}
+    joining = {site.chain[0] for site in found.sites if site.kind in _JOINING}
     # A convolution takes a residual addition over, with which the survey ends its chain.
     merged = {site.chain[site.linear - 1] for site in found.sites if site.residual}
     absorbed = {var for site in found.sites for var in site.chain[1:]} | found.passing
     absorbed |= {
         site.chain[0]
         for site in found.sites
-        if site.kind not in WEIGHTED and site.kind is not Kind.ADD
+        if site.kind not in WEIGHTED and site.kind not in _JOINING
     }
     node_of: dict[relax.Var, str] = dict.fromkeys(function.params, INPUT)
     free: list[str] = []
@@ -93,7 +95,7 @@ def tensor_graph(module: tvm.IRModule, layers: Collection[str]) -> TensorGraph:
             continue
         if layer in layers and var not in absorbed:
             node_of[var] = layer
-        elif var in additions or var in merged:
+        elif var in joining or var in merged:
             node_of[var] = f"{layer}@sum"
             free.append(node_of[var])
         elif var in absorbed or layer in layers or isinstance(binding.value, relax.Var):
@@ -120,3 +122,7 @@ def tensor_graph(module: tvm.IRModule, layers: Collection[str]) -> TensorGraph:
         fixed=tuple(dict.fromkeys([*fixed, OUTPUT])),
         edges=edges,
     )
+
+
+_JOINING = (Kind.ADD, Kind.MULTIPLY, Kind.CONCAT)
+"""Kinds of sites that read tensors of several nodes."""

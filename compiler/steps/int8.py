@@ -28,6 +28,7 @@ from hone.passes.quantize.quantize_int8 import (
     weighted_inputs,
     weighted_sites,
 )
+from hone.passes.quantize.slice_splits import SliceSplits
 from hone.passes.quantize.smooth_norms import smooth_norms, smoothed_tensors
 from hone.passes.quantize.weight_schemes import WeightOptions
 from hone.quantization_error import layer_errors
@@ -230,7 +231,7 @@ def propose(model: Model, step: Int8Step, context: Context) -> Candidate:
         A selector of ``skip`` names no layer, there are no data, or they do not calibrate.
     """
     data = context.calibration_for(step)
-    ready = model.with_module(apply(prepared(model), ToNHWC()))
+    ready = model.with_module(apply(prepared(model), SliceSplits(), ToNHWC()))
     skip = bindings_left(ready, selected(model, step), where="skip")
     found = calibrated(ready, step, skip, data, context)
     result = found.quantize()

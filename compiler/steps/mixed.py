@@ -28,6 +28,7 @@ from hone.model import Model
 from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.quantize.site import WEIGHTED
+from hone.passes.quantize.slice_splits import SliceSplits
 from hone.passes.quantize.survey import survey
 from hone.profiling.call_times import CallTime, call_times, is_conversion, layer_us
 from hone.profiling.conversions import conversions
@@ -63,7 +64,7 @@ def propose(model: Model, step: MixedStep, context: Context) -> Candidate | str:
     if trials is None:
         raise UsageError("mixed precision needs a build, which evaluates and measures its probes")
     data = context.calibration_for(step)
-    ready = model.with_module(apply(prepared(model), ToNHWC()))
+    ready = model.with_module(apply(prepared(model), SliceSplits(), ToNHWC()))
     skip = bindings_left(ready, selected(model, step), where="skip")
     ground = _ground(ready, step, skip, data, context)
     oracle = _Oracle(model, ground, step, data, context, trials)

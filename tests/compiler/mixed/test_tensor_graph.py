@@ -72,9 +72,27 @@ def test_sum_of_a_residual_stands_between_its_layers():
 
 def test_operator_without_an_integer_form_is_fixed_to_float():
     def body(x, emit):
-        a = emit(relax.op.nn.gelu(emit(conv(x, 0), "a")), "gelu")
+        a = emit(relax.op.nn.softmax(emit(conv(x, 0), "a")), "softmax")
         return emit(conv(a, 1), "b")
 
     graph = tensor_graph(network(body), ["a", "b"])
-    assert "gelu@float" in graph.fixed
-    assert {("a", "gelu@float"), ("gelu@float", "b")} <= pairs(graph.edges)
+    assert "softmax@float" in graph.fixed
+    assert {("a", "softmax@float"), ("softmax@float", "b")} <= pairs(graph.edges)
+
+
+def test_function_belongs_to_the_layer_before_it_and_a_product_stands_between_layers():
+    def body(x, emit):
+        a = emit(relax.op.nn.gelu(emit(conv(x, 0), "a")), "gelu")
+        b = emit(relax.op.sigmoid(emit(conv(a, 1), "b")), "gate")
+        return emit(conv(emit(relax.op.multiply(a, b), "product"), 2), "c")
+
+    graph = tensor_graph(network(body), ["a", "b", "c"])
+    assert graph.free == ("product@sum",)
+    assert pairs(graph.edges) == {
+        (INPUT, "a"),
+        ("a", "b"),
+        ("a", "product@sum"),
+        ("b", "product@sum"),
+        ("product@sum", "c"),
+        ("c", OUTPUT),
+    }
