@@ -17,6 +17,7 @@ from tvm import relax, tirx
 from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.graph.fold_batch_norm import FoldBatchNorm
+from hone.passes.graph.fold_channel_moves import FoldChannelMoves
 from hone.passes.lower.export_kernels import RAW_PIPELINE
 from hone.passes.lower.fuse_operators import FuseOperators
 from hone.passes.lower.legalize import LegalizeForCPU
@@ -78,6 +79,11 @@ def graph_stages() -> tuple[Stage, ...]:
             name="fold-batch-norm",
             summary="merge batch normalization into the layer before it",
             run=FoldBatchNorm(),
+        ),
+        Stage(
+            name="fold-channel-moves",
+            summary="shuffles and slices of channels become orders of weights",
+            run=FoldChannelMoves(),
         ),
         Stage(
             name="unify-convolutions",

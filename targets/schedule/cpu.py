@@ -16,6 +16,7 @@ from tvm.s_tir.schedule import SBlockRV
 from .attention import schedule_attention
 from .blocks import DoesNotFitError, is_scheduled, leaves, name_of
 from .contraction import schedule_batch_matmul, schedule_conv2d, schedule_dense
+from .copies import write_copies
 from .generic import schedule_generic
 from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
@@ -25,6 +26,9 @@ from .tiles import schedule_tiles
 from .weight_only import schedule_weight_only_dense
 from .window import schedule_window
 from .winograd import schedule_winograd
+
+WRITTEN = "its loops are written out, parallel ones included"
+"""Why no rule schedules a function that TVM's own code wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class Decision:
         Name of the PrimFunc.
     rule : str
         ``conv2d``, ``dense``, ``batch_matmul``, ``attention``, ``window``, ``winograd``, ``rows``,
-        ``columns``, ``weight_only``, ``tiles``, ``matrices``, ``generic``,
+        ``columns``, ``weight_only``, ``tiles``, ``copies``, ``matrices``, ``generic``,
         ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
@@ -123,11 +127,28 @@ def trace(func: tirx.PrimFunc, machine: Machine) -> tuple[s_tir.Schedule | None,
     Returns
     -------
     tuple
-        The schedule with its trace, None where no rule applies; the rule's name; and why a more
-        special one did not apply.
+        The schedule with its trace, None where no rule applies or where `write_copies` needs none;
+        the rule's name; and why a more special one did not apply.
     """
-    if not isinstance(func.body, s_tir.SBlockRealize) or func.body.block.name_hint != "root":
-        return None, "none", "its loops are written out, parallel ones included"
+    if _is_written(func):
+        return None, "none", WRITTEN
+    if _copies(func, machine) is not None:
+        return None, "copies", ""
+    return _trace(func, machine)
+
+
+def _is_written(func: tirx.PrimFunc) -> bool:
+    return not isinstance(func.body, s_tir.SBlockRealize) or func.body.block.name_hint != "root"
+
+
+def _copies(func: tirx.PrimFunc, machine: Machine) -> tirx.PrimFunc | None:
+    """Return a function without a template as plain copies, where it is no more than that."""
+    probe = s_tir.Schedule(tvm.IRModule({"main": func}))
+    named = {name_of(probe, block): block for block in leaves(probe)}
+    return write_copies(func, machine) if _template(named) == "generic" else None
+
+
+def _trace(func: tirx.PrimFunc, machine: Machine) -> tuple[s_tir.Schedule | None, str, str]:
     reason = ""
     probe = s_tir.Schedule(tvm.IRModule({"main": func}))
     first = _template({name_of(probe, block): block for block in leaves(probe)})
@@ -152,7 +173,13 @@ def schedule_function(
     tuple
         The function, marked as scheduled, and the decision.
     """
-    schedule, rule, reason = trace(func, machine)
+    if _is_written(func):
+        return func, Decision(kernel=kernel, rule="none", reason=WRITTEN)
+    copies = _copies(func, machine)
+    if copies is not None:
+        copies = copies.with_attr("tirx.is_scheduled", True)
+        return copies, Decision(kernel=kernel, rule="copies")
+    schedule, rule, reason = _trace(func, machine)
     if schedule is not None:
         func = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
     return func, Decision(kernel=kernel, rule=rule, reason=reason)
