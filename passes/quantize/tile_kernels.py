@@ -20,13 +20,7 @@ from hone.passes.lower.anchors import ANCHOR
 from hone.passes.lower.conv2d import Window
 from hone.targets.integer_dot import IntegerDot
 from hone.targets.schedule.machine import Machine
-from hone.targets.schedule.tile_plan import (
-    TilePlan,
-    TileWork,
-    ranked_plans,
-    tiles_pay,
-    vector_cycles,
-)
+from hone.targets.schedule.tile_plan import TilePlan, TileWork, choose_plan, vector_cycles
 from hone.targets.tile_product import TileProduct
 
 from .kernels import level, total
@@ -37,18 +31,12 @@ Kernel = Callable[..., te.Tensor]
 Wrap = Callable[[Kernel], Kernel]
 
 
-def choose_plan(machine: Machine, work: TileWork) -> TilePlan | None:
+def _choose(machine: Machine, work: TileWork) -> TilePlan | None:
     """Return the tiles of a layer, or None where vectors are modelled faster."""
     if machine.integer_dot != IntegerDot.TDPBUSD:
         return None
-    plans = ranked_plans(work, machine.l1_bytes)
     vectors = vector_cycles(work, IntegerDot.TDPBUSD.vector, machine.lanes)
-    options: dict[str, TilePlan | None] = {plan.name: plan for plan in plans}
-    if tiles_pay(plans[0], vectors):
-        options["vectors"] = None
-    else:
-        options = {"vectors": None, **options}
-    return machine.pick(work.name, options)
+    return choose_plan(machine, work, vectors)
 
 
 def conv2d(
@@ -174,7 +162,7 @@ def lower_conv2d(
         Makes a kernel take the arguments in the order of the operator.
     """
     filters, taps_h = weight.shape[:2]
-    plan = choose_plan(machine, tile_sums.conv2d_work(window, filters, PRODUCT))
+    plan = _choose(machine, tile_sums.conv2d_work(window, filters, PRODUCT))
     if plan is None:
         return None
     data, *others = arguments
@@ -199,7 +187,7 @@ def lower_dense(
     data, *others = arguments
     filters, depth = weight.shape
     rows = int(data.ty.shape[0])
-    plan = choose_plan(machine, tile_sums.dense_work(rows, depth, filters, PRODUCT))
+    plan = _choose(machine, tile_sums.dense_work(rows, depth, filters, PRODUCT))
     if plan is None:
         return None
     packed = tile_sums.pack_tiles(weight[:, None], plan)

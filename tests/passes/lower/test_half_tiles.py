@@ -205,8 +205,8 @@ def test_dense_in_tiles_equals_the_oracle(
     np.testing.assert_array_equal(ran.got, want)
 
 
-def rules_of(case: Conv, target: Target) -> list[str]:
-    """Return the rules of one convolution, of a kernel's own input, when nothing is decided."""
+def rules_of(case: Conv, target: Target, decided: dict[str, str] | None = None) -> list[str]:
+    """Return the rules of one convolution that reads what another kernel stores."""
     x = relax.Var("x", relax.TensorType(case.shape, "float32"))
     weight = np.zeros((*case.filters, case.shape[3]), "float32")
     bb = relax.BlockBuilder()
@@ -218,7 +218,8 @@ def rules_of(case: Conv, target: Target) -> list[str]:
             )  # fmt: skip
             out = bb.emit_output(bb.normalize(y))
         bb.emit_func_output(out)
-    lowered = pipeline.lower(apply(bb.get(), ToHalf()), target, threads=THREADS)
+    module = apply(bb.get(), ToHalf())
+    lowered = pipeline.lower(module, target, threads=THREADS, decided=decided)
     return [d.rule for d in pipeline.schedule(lowered, target, threads=THREADS).decisions]
 
 
@@ -245,6 +246,13 @@ def layer(size: int, channels: int, taps: int = 3, stride: int = 1) -> Conv:
 )
 def test_tiles_are_chosen_where_they_are_modelled_faster(case: Conv, rule: str) -> None:
     assert rule in rules_of(case, resolve("sapphirerapids"))
+
+
+def test_tuning_may_take_vectors_instead() -> None:
+    case = layer(28, 128)
+    rules = rules_of(case, resolve("sapphirerapids"), {case.work.name: "vectors"})
+    assert "winograd" in rules
+    assert "tiles" not in rules
 
 
 @pytest.mark.parametrize("feature", ["amx-tile", "amx-bf16"])
