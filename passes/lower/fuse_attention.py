@@ -20,7 +20,7 @@ from tvm.ir import Op
 from hone.passes.graph.dataflow import Dataflow, Rebuilder, is_dataflow, shape_of
 from hone.targets.schedule.machine import Machine
 
-from .attention import fits
+from .attention import choose_blocks
 
 _MATMUL = Op.get("relax.matmul")
 _SOFTMAX = Op.get("relax.nn.softmax")
@@ -106,9 +106,9 @@ def _match(graph: Dataflow, call: relax.Call | None, machine: Machine) -> _Atten
     query, key = product.args
     channels = shape_of(outer)[-1]
     depth = shape_of(query)[-1]
-    if shape_of(product) != shape or not fits(
-        machine, rows=shape[-2], keys=shape[-1], depth=depth, channels=channels
-    ):
+    if shape_of(product) != shape or depth != channels:
+        return None
+    if not choose_blocks(machine, rows=shape[-2], keys=shape[-1], depth=depth, channels=channels):
         return None
     if bias is not None and (str(bias.ty.dtype) != "float32" or shape_of(bias)[-1:] != shape[-1:]):
         return None

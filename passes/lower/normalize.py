@@ -17,7 +17,7 @@ from tvm import relax, te, tirx
 from hone.targets.schedule.machine import Machine
 
 from .anchors import ANCHOR, default_legalization
-from .elementary import exp
+from .elementary import exp_below_0
 from .reductions import MAX, SUM, Indices, reduce_rows, split_index
 
 
@@ -32,12 +32,12 @@ def _row_softmax(x: te.Tensor, *, logarithm: bool, lanes: int) -> te.Tensor:
     largest = reduce_rows(lambda i, _, k: x[at(i, k)], outer, extent, MAX, lanes=lanes)
     if logarithm:
         total = reduce_rows(
-            lambda i, _, k: exp(x[at(i, k)] - largest[i]), outer, extent, SUM, lanes=lanes
+            lambda i, _, k: exp_below_0(x[at(i, k)] - largest[i]), outer, extent, SUM, lanes=lanes
         )
         shift = te.compute(outer, lambda *i: largest[i] + tirx.log(total[i]), name="row_shift")
         return te.compute(x.shape, lambda *i: x[i] - shift[i[:-1] or (0,)], name="row_out")
     powers = te.compute(
-        (*outer, extent), lambda *i: exp(x[i[-rank:]] - largest[i[:-1]]), name="row_exp"
+        (*outer, extent), lambda *i: exp_below_0(x[i[-rank:]] - largest[i[:-1]]), name="row_exp"
     )
     total = reduce_rows(lambda i, _, k: powers[(*i, k)], outer, extent, SUM, lanes=lanes)
     share = te.compute(outer, lambda *i: tirx.const(1.0, "float32") / total[i], name="row_share")
@@ -59,7 +59,7 @@ def _column_softmax(x: te.Tensor, *, axis: int, logarithm: bool) -> te.Tensor:
 
     k_max = te.reduce_axis((0, x.shape[axis]), "k")
     largest = te.compute(outer, lambda *i: te.max(x[put(i, k_max)], axis=k_max), name="col_max")
-    powers = te.compute(x.shape, lambda *i: exp(x[i] - largest[without(i)]), name="col_exp")
+    powers = te.compute(x.shape, lambda *i: exp_below_0(x[i] - largest[without(i)]), name="col_exp")
     k_sum = te.reduce_axis((0, x.shape[axis]), "k")
     total = te.compute(outer, lambda *i: te.sum(powers[put(i, k_sum)], axis=k_sum), name="col_sum")
     if logarithm:

@@ -1,8 +1,9 @@
 """Schedule of attention: a task is a head, or rows of one; a block of rows never leaves the cache.
 
-Inside a task, blocks of rows follow one another: products with all keys tile by tile, each stored
-as a score, the softmax of the rows, and products with the values. The keys are turned so that
-vectors run along them: in the task where it has a head of its own, else for all heads beforehand.
+Inside a task, blocks of rows follow one another, and for each the blocks of keys: products tile by
+tile, each stored as a score, the softmax of the rows, and products with the values. The keys are
+turned so that vectors run along them: in the task where it has a head of its own, else for all
+heads beforehand.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 
 from tvm import s_tir
 from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from hone.targets.transpose_intrinsics import SIDES, intrinsic_name
 
 from .blocks import (
     MIN_PARALLEL_MULTIPLY_ADDS,
@@ -32,7 +35,7 @@ IMBALANCE = 1.05
 
 
 def schedule_attention(schedule: s_tir.Schedule, machine: Machine) -> None:
-    """Schedule the blocks of ``passes/lower/attention``.
+    """Schedule the blocks of ``passes/lower/attention_kernel``.
 
     Parameters
     ----------
@@ -41,61 +44,110 @@ def schedule_attention(schedule: s_tir.Schedule, machine: Machine) -> None:
     machine : Machine
         Decides tiles and tasks.
     """
+    output = _output(schedule)
     blocks = {name_of(schedule, block): block for block in leaves(schedule)}
-    output = _output(schedule, list(blocks.values()))
-    sums, scores, keys = blocks["attn_acc"], blocks["attn_scores"], blocks["attn_keys"]
-    batch, heads, long, depth, _ = extents(schedule, sums)
+    mean, scores = blocks["attn_mean"], blocks["attn_scores0"]
+    count = sum(name.startswith("attn_acc") for name in blocks)
+    if count == 1:
+        schedule.compute_inline(blocks.pop("attn_run0"))
     tile_rows, key_vectors = (int(v) for v in schedule.get(scores).annotations[TILE])
-    b, h, m, d, s = schedule.get_loops(sums)
-    work = 2 * math.prod(extents(schedule, sums))
-    lanes = vector_length(depth, machine.lanes)
-    most = max(machine.accumulators // tile_rows, 1)
-    vectors = max(v for v in range(1, most + 1) if depth // lanes % v == 0)
-    blocks_of_rows = long // tile_rows
-    parts = _parts(machine, batch * heads, blocks_of_rows)
+    batch, heads, long, channels = extents(schedule, mean)
+    *_, depth = extents(schedule, blocks["attn_products0"])
+    *_, block_keys = extents(schedule, scores)
+    shared = heads // extents(schedule, blocks["attn_keys"])[1]
+    tile = _Tile(machine, tile_rows, channels)
+    parts = _parts(machine, batch * heads, long // tile_rows)
+    b, h, m, c = schedule.get_loops(mean)
     m_part, m_block, m_inner = schedule.split(m, [parts, None, tile_rows])
-    d_outer, d_vector, d_lane = schedule.split(d, [None, vectors, lanes])
-    schedule.reorder(b, h, m_part, m_block, d_outer, s, m_inner, d_vector, d_lane)
+    c_outer, c_inner = schedule.split(c, [None, tile.vectors * tile.lanes])
+    schedule.reorder(b, h, m_part, m_block, c_outer, m_inner, c_inner)
     task = schedule.fuse(b, h, m_part)
-    schedule.reverse_compute_at(output, d_outer, preserve_unit_loops=True)
-    rows = [block for name, block in blocks.items() if name.startswith("row_")]
-    for block in reversed(rows):
-        schedule.compute_at(block, m_block, preserve_unit_loops=True)
-    schedule.compute_at(scores, m_block, preserve_unit_loops=True)
-    products_at = _schedule_scores(schedule, machine, scores, key_vectors)
-    schedule.compute_at(blocks["attn_products"], products_at, preserve_unit_loops=True)
-    if "attn_bias" in blocks:
-        schedule_elementwise_block(schedule, machine, blocks["attn_bias"])
-    if parts == 1:
-        schedule.compute_at(keys, task, preserve_unit_loops=True)
-    else:
-        schedule_elementwise_block(schedule, machine, keys)
+    schedule.reverse_compute_at(output, c_outer, preserve_unit_loops=True)
+    sums = {}
+    rows, products = [], []
+    runs = {"attn_acc0": c_outer} if count == 1 else {}
+    own = [name for name in blocks if not name.startswith(("attn_mean", "attn_out"))]
+    for name in reversed(own):
+        block = blocks[name]
+        if name.startswith(("attn_keys", "attn_rows", "attn_bias", "attn_values")):
+            continue
+        if name.startswith("attn_acc"):
+            schedule.compute_at(block, runs[name], preserve_unit_loops=True)
+            sums[name] = block
+        elif name.startswith("attn_products"):
+            schedule.compute_at(block, runs[name], preserve_unit_loops=True)
+            products.append(block)
+        elif name.startswith("attn_run"):
+            schedule.compute_at(block, m_block, preserve_unit_loops=True)
+            runs[name.replace("run", "acc")] = tile.split(schedule, block)
+        elif name.startswith("attn_scores"):
+            schedule.compute_at(block, m_block, preserve_unit_loops=True)
+            at = _schedule_scores(schedule, machine, block, key_vectors)
+            runs[name.replace("scores", "products")] = at
+        else:
+            schedule.compute_at(block, m_block, preserve_unit_loops=True)
+            rows.append(block)
+    _schedule_keys(schedule, machine, blocks, task if parts == shared == 1 else None)
+    for name in ("attn_bias", "attn_values"):
+        if name in blocks:
+            schedule_elementwise_block(schedule, machine, blocks[name])
     # Before the sums are split from their start: a loop that holds both parts is refused.
+    work = batch * heads * long * block_keys * count * (depth + channels)
     parallelize(schedule, task, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
-    _schedule_products(schedule, machine, blocks["attn_products"])
+    for block in products:
+        _schedule_products(schedule, machine, block)
     for block in rows:
         vectorize_contiguous(schedule, machine, block, outer_loops=5)
-    schedule.vectorize(d_lane)
-    for loop in (m_inner, d_vector):
-        schedule.unroll(loop)
-    start_sums(schedule, sums, s, outer_loops=3)
-    _finish(schedule, output, lanes)
+    for block in sums.values():
+        tile.schedule_sums(schedule, block)
+    tile.finish(schedule, [m_inner], c_inner)
+    tile.finish(schedule, [], schedule.get_loops(output)[-1])
 
 
-def _output(schedule: s_tir.Schedule, blocks: list[SBlockRV]) -> SBlockRV:
+class _Tile:
+    """The register tile of the products with the values: rows, and vectors of channels."""
+
+    def __init__(self, machine: Machine, rows: int, channels: int) -> None:
+        self.rows = rows
+        self.lanes = vector_length(channels, machine.lanes)
+        most = max(machine.accumulators // rows, 1)
+        self.vectors = max(v for v in range(1, most + 1) if channels // self.lanes % v == 0)
+
+    def split(self, schedule: s_tir.Schedule, block: SBlockRV) -> LoopRV:
+        """Cut an elementwise block of a row block into tiles; returns the loop over them."""
+        m, c = schedule.get_loops(block)[-2:]
+        c_outer, c_inner = schedule.split(c, [None, self.vectors * self.lanes])
+        schedule.reorder(c_outer, m, c_inner)
+        self.finish(schedule, [m], c_inner)
+        return c_outer
+
+    def finish(self, schedule: s_tir.Schedule, rows: list[LoopRV], channels: LoopRV) -> None:
+        """Unroll a tile and vectorize its channels."""
+        vector, lane = schedule.split(channels, [None, self.lanes])
+        schedule.vectorize(lane)
+        for loop in (*rows, vector):
+            schedule.unroll(loop)
+
+    def schedule_sums(self, schedule: s_tir.Schedule, block: SBlockRV) -> None:
+        """Keep a tile of sums in registers."""
+        loops = schedule.get_loops(block)
+        m, c, s = loops[-3:]
+        c_vector, c_lane = schedule.split(c, [None, self.lanes])
+        schedule.reorder(s, m, c_vector, c_lane)
+        schedule.vectorize(c_lane)
+        for loop in (m, c_vector):
+            schedule.unroll(loop)
+        start_sums(schedule, block, s, outer_loops=len(loops) - 3)
+
+
+def _output(schedule: s_tir.Schedule) -> SBlockRV:
     """Merge what follows the attention into one block, and return it."""
+    blocks = leaves(schedule)
     names = [name_of(schedule, block) for block in blocks]
     epilogue = blocks[names.index("attn_out") :]
     for block in epilogue[:-1]:
         schedule.compute_inline(block)
     return epilogue[-1]
-
-
-def _finish(schedule: s_tir.Schedule, output: SBlockRV, lanes: int) -> None:
-    *_, d = schedule.get_loops(output)
-    d_vector, d_lane = schedule.split(d, [None, lanes])
-    schedule.vectorize(d_lane)
-    schedule.unroll(d_vector)
 
 
 def _parts(machine: Machine, heads: int, blocks_of_rows: int) -> int:
@@ -108,6 +160,36 @@ def _parts(machine: Machine, heads: int, blocks_of_rows: int) -> int:
     options = divisors(blocks_of_rows)
     balanced = (parts for parts in options if imbalance(parts) <= IMBALANCE)
     return next(balanced, min(options, key=imbalance))
+
+
+def _schedule_keys(
+    schedule: s_tir.Schedule,
+    machine: Machine,
+    blocks: dict[str, SBlockRV],
+    task: LoopRV | None,
+) -> None:
+    """Turn the keys square by square, in a task or in a loop of its own."""
+    keys, rows = blocks["attn_keys"], blocks["attn_rows"]
+    sizes = extents(schedule, keys)
+    if task is not None:
+        schedule.compute_at(keys, task, preserve_unit_loops=True)
+    side = vector_length(math.gcd(sizes[-1], sizes[-2]), machine.lanes)
+    if side not in SIDES:
+        schedule.compute_inline(rows)
+        if task is None:
+            schedule_elementwise_block(schedule, machine, keys)
+        return
+    *outer, d, s = schedule.get_loops(keys)
+    s_outer, s_inner = schedule.split(s, [None, side])
+    d_outer, d_inner = schedule.split(d, [None, side])
+    schedule.reorder(s_outer, d_outer, d_inner, s_inner)
+    if task is None:
+        outer = [schedule.fuse(*outer, s_outer)]
+        schedule.parallel(outer[0])
+        s_outer = outer[0]
+    schedule.compute_at(rows, s_outer, preserve_unit_loops=True)
+    vectorize_contiguous(schedule, machine, rows, outer_loops=len(schedule.get_loops(rows)) - 1)
+    schedule.tensorize(d_inner, intrinsic_name(side))
 
 
 def _schedule_scores(

@@ -11,9 +11,10 @@ import tvm
 from tvm import relax
 
 from hone import pipeline
+from hone.passes.lower.attention import choose_blocks
 from hone.passes.lower.fuse_attention import FuseAttention
 from hone.targets.schedule.machine import Machine
-from hone.targets.target import resolve
+from hone.targets.target import Target, resolve
 
 MACHINE = Machine.of(resolve("x86-64-v3"), 2)
 op = relax.op
@@ -131,6 +132,9 @@ FUSED = [
     Case(id="queries, keys and values packed", packed=True, rows=37, keys=37),
     Case(id="packed, heads left in front", packed=True, rows=9, keys=9, permuted=False),
     Case(id="batch and heads as one axis", flat=True, rows=13, keys=11),
+    Case(id="depth that no vector divides", depth=10),
+    Case(id="depth of two vectors and a half", rows=17, keys=19, depth=40),
+    Case(id="odd depth", batch=1, rows=6, keys=33, depth=33),
     Case(id="bias of each row of each head", bias=(2, 3, 5, 7)),
     Case(id="bias of the keys of a sample", bias=(2, 1, 1, 7), scale="multiply"),
     Case(id="bias of two axes", bias=(5, 7), keys=7, scale="none"),
@@ -164,7 +168,6 @@ REJECTED = [
     Case(id="shares used again", reuse="shares"),
     Case(id="scaled after the bias", bias=(5, 7), order="bias first"),
     Case(id="scaled row by row", scale="by row"),
-    Case(id="depth that no vector divides", depth=10),
 ]
 
 
@@ -174,11 +177,76 @@ def test_what_is_no_plain_attention_stays_as_it_is(case: Case) -> None:
     assert FuseAttention(MACHINE)(before)["main"].same_as(before["main"])
 
 
-def test_a_block_of_scores_must_fit_the_cache() -> None:
+MASKED = Case(id="masked", batch=2, heads=2, rows=17, keys=203, depth=12, bias=(2, 1, 17, 203))
+
+
+def small(target: Target, blocks: int, case: Case) -> Machine:
+    """Return the machine with an L2 in which the keys of a case take so many blocks."""
+    machine = Machine.of(target, 2)
+    for l2_bytes in range(1 << 17, 256, -64):
+        candidate = replace(machine, l2_bytes=l2_bytes)
+        found = choose_blocks(
+            candidate, rows=case.rows, keys=case.keys, depth=case.depth, channels=case.depth
+        )
+        if found is not None and found.count == blocks:
+            return candidate
+    raise AssertionError(f"no cache gives {blocks} blocks")
+
+
+def run_on(machine: Machine, case: Case, target: Target, arrays: list[np.ndarray]) -> np.ndarray:
+    module = module_of(case)
+    for stage in (*pipeline.graph_stages(), *pipeline.lower_stages_of(machine)):
+        module = stage.run(module)
+    scheduled = pipeline.schedule(module, target, threads=2)
+    assert [d.rule for d in scheduled.decisions].count("attention") == 1
+    executable = pipeline.build_executable(scheduled.module, target, threads=2)
+    virtual = relax.VirtualMachine(executable, tvm.cpu())
+    return virtual["main"](*[tvm.runtime.tensor(a) for a in arrays]).numpy()
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_blocks_of_keys_follow_one_another_where_scores_exceed_the_cache(
+    blocks: int, masked: bool, target: Target, rng: np.random.Generator
+) -> None:
+    case = MASKED if masked else replace(MASKED, bias=None)
+    arrays = [rng.standard_normal(shape).astype("float32") for shape in case.inputs]
+    # The largest score comes last in some rows and first in others.
+    arrays[1] *= np.linspace(0, 4, case.keys, dtype="float32")[None, :, None]
+    if masked:
+        # Causal, which masks whole blocks of early rows; one row sees nothing.
+        least = np.float32(-np.inf)
+        arrays[-1] = np.where(np.tri(17, 203, 0, dtype=bool), arrays[-1], least)
+        arrays[-1][1, 0, 5] = least
+    actual = run_on(small(target, blocks, case), case, target, arrays)
+    with np.errstate(invalid="ignore"):
+        exact = case.oracle(arrays)
+    assert np.isnan(exact).any() == masked
+    np.testing.assert_allclose(actual, exact, rtol=1e-4, atol=2e-5)
+
+
+def test_more_blocks_than_have_code_of_their_own_stay_separate_kernels() -> None:
     before = module_of(Case(id="many keys", batch=1, heads=1, keys=4096))
-    small = replace(MACHINE, l2_bytes=1 << 16)
-    assert FuseAttention(small)(before)["main"].same_as(before["main"])
+    tiny = replace(MACHINE, l2_bytes=1 << 13)
+    assert FuseAttention(tiny)(before)["main"].same_as(before["main"])
     assert not FuseAttention(MACHINE)(before)["main"].same_as(before["main"])
+
+
+def test_queries_share_heads_of_keys_and_values_have_their_own_depth(
+    run_op: Callable[..., tuple[np.ndarray, list[str]]], rng: np.random.Generator
+) -> None:
+    query = rng.standard_normal((2, 5, 6, 16)).astype("float32")
+    key = rng.standard_normal((2, 9, 3, 16)).astype("float32")
+    value = rng.standard_normal((2, 9, 3, 24)).astype("float32")
+    actual, rules = run_op(lambda q, k, v: op.nn.attention(q, k, v), query, key, value)
+    assert "attention" in rules
+    key, value = (np.repeat(x.astype("float64"), 2, axis=2) for x in (key, value))
+    scores = np.einsum("bmhd,bshd->bhms", query, key) / 4
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    shares = powers / powers.sum(-1, keepdims=True)
+    np.testing.assert_allclose(
+        actual, np.einsum("bhms,bshd->bmhd", shares, value), rtol=1e-4, atol=2e-5
+    )
 
 
 def test_packed_heads_are_slices_of_one_tensor_and_nothing_is_permuted() -> None:

@@ -1,0 +1,277 @@
+"""The computation of attention, ``softmax(Q K^T scale + bias) V``, block of keys by block of keys.
+
+Every block has its own stages. The maximum, the sum and the result of the rows run along with the
+blocks (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), which one
+block does not need. `hone.targets.schedule.attention` puts the stages together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import te, tirx
+
+from hone.targets.schedule.attention import TILE
+from hone.targets.schedule.machine import Tile
+
+from .elementary import exp_below_0
+from .reductions import MAX, SUM, reduce_rows
+
+Index = tirx.Expr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Which of the heads of ``[B, rows, all heads, D]`` an operand is.
+
+    Parameters
+    ----------
+    operand : int
+        Position among the kernel's arguments.
+    first, step : int
+        Head h of the operand is head ``first + step h`` of the argument.
+    """
+
+    operand: int
+    first: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How attention is cut.
+
+    Parameters
+    ----------
+    tile : Tile
+        Register tile of the scores: rows in ``columns``, vectors of keys.
+    keys : int
+        Of a block; whole tiles.
+    count : int
+        Blocks of keys; the last one may be shorter.
+    channels : int
+        Of a value, rounded up to whole vectors.
+    lanes : int
+        Of one vector.
+    """
+
+    tile: Tile
+    keys: int
+    count: int
+    channels: int
+    lanes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What is known after a block of keys: maximum and sum ``[B, H, M]``, result ``[.., C]``."""
+
+    top: te.Tensor
+    total: te.Tensor
+    result: te.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionKernel:
+    """Attention of one shape; call it with the operands.
+
+    Parameters
+    ----------
+    query, key, value : Heads
+        Where they are among the operands, ``[B, rows, heads, D]`` each.
+    bias : int or None
+        Where the bias ``[B or 1, H or 1, M or 1, S]`` is.
+    batch, rows, keys, heads, depth, channels : int
+        B, M, S, H of the queries, D, and C of the values.
+    shared : int
+        Heads of queries that share a head of keys and values.
+    scale : float
+        Of the products; applied to the keys.
+    blocks : Blocks
+        How rows, keys and channels are cut; each is rounded up.
+    """
+
+    query: Heads
+    key: Heads
+    value: Heads
+    bias: int | None
+    batch: int
+    rows: int
+    keys: int
+    heads: int
+    depth: int
+    channels: int
+    shared: int
+    scale: float
+    blocks: Blocks
+
+    @property
+    def _wide(self) -> int:
+        return self.blocks.keys * self.blocks.count
+
+    @property
+    def _outer(self) -> tuple[int, int, int]:
+        tile = self.blocks.tile.columns
+        return self.batch, self.heads, -(-self.rows // tile) * tile
+
+    def _row(self, m: Index) -> Index:
+        """Return the row of a query; those beyond the last are the last one again."""
+        return m if self._outer[2] == self.rows else tirx.min(m, self.rows - 1)
+
+    def _shared(self, h: Index) -> Index:
+        """Return the head of keys and values that a head of queries reads."""
+        return h if self.shared == 1 else tirx.indexdiv(h, self.shared)
+
+    def __call__(self, *operands: te.Tensor) -> te.Tensor:
+        """Return ``[B, M, H, C]``."""
+        turned = self._turned(operands[self.key.operand])
+        values = self._values(operands[self.value.operand])
+        bias = None if self.bias is None else self._bias(operands[self.bias])
+        state: _State | None = None
+        for index in range(self.blocks.count):
+            scores = self._scores(index, operands[self.query.operand], turned, bias)
+            state = self._step(index, scores, values, state, guarded=bias is not None)
+        result = self._mean(state)
+        return te.compute(
+            (self.batch, self.rows, self.heads, self.channels),
+            lambda b, m, h, c: result[b, h, m, c],
+            name="attn_out",
+        )
+
+    def _turned(self, key: te.Tensor) -> te.Tensor:
+        """Return the keys times the scale as ``[B, H, D, S]``; those beyond the last are it."""
+        of, scale = self.key, tirx.const(self.scale, "float32")
+        heads = self.heads // self.shared
+
+        def element(b: Index, h: Index, s: Index, d: Index) -> Index:
+            row = s if self._wide == self.keys else tirx.min(s, self.keys - 1)
+            return key[b, row, h * of.step + of.first, d] * scale
+
+        rows = te.compute((self.batch, heads, self._wide, self.depth), element, name="attn_rows")
+        return te.compute(
+            (self.batch, heads, self.depth, self._wide),
+            lambda b, h, d, s: rows[b, h, s, d],
+            name="attn_keys",
+        )
+
+    def _values(self, value: te.Tensor) -> Callable[..., Index]:
+        """Return what reads ``(batch, row, head, channel)`` of the values, in whole vectors.
+
+        Where no vector divides the channels it reads a copy with zeros behind them.
+        """
+        of, zero = self.value, tirx.const(0.0, "float32")
+
+        def lying(b: Index, s: Index, h: Index, c: Index) -> Index:
+            return value[b, s, h * of.step + of.first, c]
+
+        if self.blocks.channels == self.channels:
+            return lying
+        copied = te.compute(
+            (self.batch, self.keys, self.heads // self.shared, self.blocks.channels),
+            lambda b, s, h, c: tirx.if_then_else(c < self.channels, lying(b, s, h, c), zero),
+            name="attn_values",
+        )
+        return lambda *i: copied[i]
+
+    def _bias(self, bias: te.Tensor) -> te.Tensor:
+        """Return the bias with minus infinity for the keys beyond the last."""
+        if self._wide == self.keys:
+            return bias
+        return te.compute(
+            (*bias.shape[:3], self._wide),
+            lambda b, h, m, s: tirx.if_then_else(
+                s < self.keys, bias[b, h, m, s], tirx.const(-math.inf, "float32")
+            ),
+            name="attn_bias",
+        )
+
+    def _scores(
+        self, index: int, query: te.Tensor, turned: te.Tensor, bias: te.Tensor | None
+    ) -> te.Tensor:
+        """Return the scores of a block of keys, minus infinity beyond the last key."""
+        first, tile = index * self.blocks.keys, self.blocks.tile
+        d = te.reduce_axis((0, self.depth), "d")
+
+        def product(b: Index, h: Index, m: Index, s: Index) -> Index:
+            left = query[b, self._row(m), h * self.query.step + self.query.first, d]
+            return te.sum(left * turned[b, self._shared(h), d, first + s], axis=d)
+
+        shape = (*self._outer, self.blocks.keys)
+        products = te.compute(shape, product, name=f"attn_products{index}")
+
+        def score(b: Index, h: Index, m: Index, s: Index) -> Index:
+            value = products[b, h, m, s]
+            if bias is not None:
+                at = (b, h, self._row(m))
+                own = [0 if int(n) == 1 else i for i, n in zip(at, bias.shape, strict=False)]
+                return value + bias[(*own, first + s)]
+            if first + self.blocks.keys <= self.keys:
+                return value
+            return tirx.Select(first + s < self.keys, value, tirx.const(-math.inf, "float32"))
+
+        return te.compute(
+            shape, score, name=f"attn_scores{index}", attrs={TILE: [tile.columns, tile.vectors]}
+        )
+
+    def _step(
+        self,
+        index: int,
+        scores: te.Tensor,
+        value: Callable[..., Index],
+        before: _State | None,
+        *,
+        guarded: bool,
+    ) -> _State:
+        """Return the state after a block of keys.
+
+        ``top = max(top', max s)``, ``p = e^(s - top)``, ``decay = e^(top' - top)``,
+        ``total = total' decay + sum p``, ``result = result' decay + p V``. Where a block may be
+        masked as a whole (``guarded``), the maximum is not below the least finite number, so that
+        its powers are 0.
+        """
+        outer, wide, lanes = self._outer, self.blocks.keys, self.blocks.lanes
+        first = index * wide
+        most = reduce_rows(lambda i, _, s: scores[(*i, s)], outer, wide, MAX, lanes=lanes)
+        if before is not None:
+            top = te.compute(outer, lambda *i: tirx.max(before.top[i], most[i]), name="row_top")
+        elif guarded and self.blocks.count > 1:
+            least = tirx.min_value("float32")
+            top = te.compute(outer, lambda *i: tirx.max(least, most[i]), name="row_top")
+        else:
+            top = most
+        powers = te.compute(
+            (*outer, wide), lambda *i: exp_below_0(scores[i] - top[i[:-1]]), name="row_exp"
+        )
+        total = reduce_rows(lambda i, _, s: powers[(*i, s)], outer, wide, SUM, lanes=lanes)
+        s = te.reduce_axis((0, min(wide, self.keys - first)), "s")
+
+        def product(b: Index, h: Index, m: Index, c: Index) -> Index:
+            return te.sum(powers[b, h, m, s] * value(b, first + s, self._shared(h), c), axis=s)
+
+        shape = (*outer, self.blocks.channels)
+        sums = te.compute(shape, product, name=f"attn_acc{index}")
+        if before is None:
+            result = te.compute(shape, lambda *i: sums[i], name=f"attn_run{index}")
+            return _State(top=top, total=total, result=result)
+        decay = te.compute(outer, lambda *i: exp_below_0(before.top[i] - top[i]), name="row_decay")
+        return _State(
+            top=top,
+            total=te.compute(
+                outer, lambda *i: before.total[i] * decay[i] + total[i], name="row_sum"
+            ),
+            result=te.compute(
+                shape,
+                lambda *i: before.result[i] * decay[i[:-1]] + sums[i],
+                name=f"attn_run{index}",
+            ),
+        )
+
+    def _mean(self, state: _State) -> te.Tensor:
+        share = te.compute(
+            self._outer, lambda *i: tirx.const(1.0, "float32") / state.total[i], name="row_share"
+        )
+        return te.compute(
+            state.result.shape, lambda *i: state.result[i] * share[i[:-1]], name="attn_mean"
+        )
