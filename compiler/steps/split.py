@@ -14,6 +14,7 @@ from hone.passes.graph.split_patches import SplitPatches
 
 from .candidate import Candidate, Context, prepared, selected
 from .options.split import SplitStep
+from .split_parallel import search
 
 
 def propose(model: Model, step: SplitStep, context: Context) -> Candidate | str:
@@ -25,7 +26,8 @@ def propose(model: Model, step: SplitStep, context: Context) -> Candidate | str:
         A selector names no layer, or the layers cannot be split.
     """
     if step.automatic:
-        return _automatic(model, step, context)
+        by_memory = step.axis == "patches"
+        return _automatic(model, step, context) if by_memory else search(model, step, context)
     bindings = [layer.binding for layer in selected(model, step)]
     parts = step.parts or 2
     module = prepared(model)

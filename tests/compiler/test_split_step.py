@@ -91,7 +91,6 @@ def test_layers_around_which_nothing_can_be_split_are_refused(model: Model) -> N
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"layers": ["auto"], "axis": "channels", "parts": 2}, 'is for axis = "patches"'),
         ({"layers": ["/a/Conv"], "axis": "patches"}, "parts is required, unless"),
     ],
 )

@@ -20,8 +20,8 @@ class SplitStep(StepSection):
     kind: Literal["split"]
     layers: Annotated[list[str], Field(min_length=1)] = Field(
         description="convolutions and matrix products: ids, name:GLOB, re:REGEX, op:TYPE, first, "
-        'last, each with ! before it to negate; with axis = "patches" also ["auto"]: those whose '
-        "split needs the least memory"
+        'last, each with ! before it to negate; or ["auto"]: with axis = "patches" those whose '
+        "split needs the least memory, else those that leave threads idle and are faster in parts"
     )
     parts: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description='required, unless layers = ["auto"] chooses it'
@@ -44,8 +44,6 @@ class SplitStep(StepSection):
 
     @model_validator(mode="after")
     def _can_choose(self) -> SplitStep:
-        if self.automatic and self.axis != "patches":
-            raise ValueError('layers = ["auto"] is for axis = "patches"')
         if not self.automatic and self.parts is None:
             raise ValueError('parts is required, unless layers = ["auto"] chooses it')
         return self
@@ -55,6 +53,6 @@ class SplitStep(StepSection):
         """The step's row in the report."""
         layers = ", ".join(self.layers) if len(self.layers) < 3 else f"{len(self.layers)} layers"
         if self.automatic:
-            layers = "the first layers"
+            layers = "the first layers" if self.axis == "patches" else "layers with idle threads"
         into = "" if self.parts is None else f" into {self.parts}"
         return f"split {layers}{into} by {self.axis}"
