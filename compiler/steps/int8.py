@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -28,6 +28,7 @@ from hone.passes.quantize.quantize_int8 import (
     weighted_inputs,
     weighted_sites,
 )
+from hone.passes.quantize.site import Int8Scheme
 from hone.passes.quantize.slice_splits import SliceSplits
 from hone.passes.quantize.smooth_norms import smooth_norms, smoothed_tensors
 from hone.passes.quantize.weight_schemes import WeightOptions
@@ -56,6 +57,8 @@ class Calibrated:
         Layer → int8 levels of its weights, where they are not rounded to nearest.
     note : str
         What was done to the float network.
+    scheme : Int8Scheme
+        How levels are chosen.
     """
 
     model: Model
@@ -64,6 +67,7 @@ class Calibrated:
     means: Mapping[str, InputMeans] | None = None
     rounded: Mapping[str, np.ndarray] | None = None
     note: str = ""
+    scheme: Int8Scheme = field(default_factory=Int8Scheme)
 
     def quantize(self, *, keep_float: Collection[str] = ()) -> Quantization:
         """Return the network in integers.
@@ -79,6 +83,7 @@ class Calibrated:
             keep_float=self.keep_float.union(keep_float),
             means=self.means,
             rounded=self.rounded,
+            scheme=self.scheme,
         )
 
 
@@ -108,7 +113,7 @@ def calibrated(
     threads, progress = context.threads, context.progress
     calibrate.check_calibration_data(data, allow_random=context.allow_random)
     cache = None if context.cache is None else CalibrationCache(context.cache)
-    note = ""
+    note, scheme = "", int8_scheme(step)
     if step.equalize is not None:
         model, note = _equalized(model, By(step.equalize), step.alpha, data, context, cache)
     measure = partial(
@@ -123,15 +128,15 @@ def calibrated(
     )
     ranges = measure(model)
     if step.recover is not None:
-        sites = weighted_sites(model.module, ranges, keep_float=skip)
+        sites = weighted_sites(model.module, ranges, keep_float=skip, scheme=scheme)
         model, text = recovered(
             model,
             step.recover,
             data,
             context,
             layers=[site.layer for site, _ in sites],
-            weights=WeightOptions(),
-            reads=quantized_reads(model.module, ranges, keep_float=skip),
+            weights=WeightOptions(symmetric=scheme.symmetric, power_of_two=scheme.power_of_two),
+            reads=quantized_reads(model.module, ranges, keep_float=skip, scheme=scheme),
         )
         ranges = measure(model)
         note += text
@@ -141,7 +146,7 @@ def calibrated(
         note += text
     means = None
     if step.bias_correction:
-        inputs = weighted_inputs(model.module, ranges, keep_float=skip)
+        inputs = weighted_inputs(model.module, ranges, keep_float=skip, scheme=scheme)
         means = calibrate.input_means(model, data, inputs, threads=threads, progress=progress)
     return Calibrated(
         model=model,
@@ -150,7 +155,13 @@ def calibrated(
         means=means,
         rounded=rounded,
         note=note,
+        scheme=scheme,
     )
+
+
+def int8_scheme(step: Int8Options) -> Int8Scheme:
+    """Return how a step chooses levels."""
+    return Int8Scheme(symmetric=step.weights == "symmetric", power_of_two=step.power_of_two)
 
 
 def _equalized(
@@ -191,7 +202,8 @@ def _rounded(
 ) -> tuple[dict[str, np.ndarray], str]:
     """Return learned levels of each layer's weights, and a note."""
     tasks = []
-    for site, levels in weighted_sites(model.module, ranges, keep_float=skip):
+    scheme = int8_scheme(step)
+    for site, levels in weighted_sites(model.module, ranges, keep_float=skip, scheme=scheme):
         _, weights = quantize_weights(site, levels)
         column = (len(site.weight), 1)
         tasks.append(

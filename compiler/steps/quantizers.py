@@ -125,7 +125,10 @@ class Int8Quantizer:
         calibrated = self._calibrated
         found: dict[str, Emulation] = {}
         sites = weighted_sites(
-            calibrated.model.module, calibrated.ranges, keep_float=calibrated.keep_float
+            calibrated.model.module,
+            calibrated.ranges,
+            keep_float=calibrated.keep_float,
+            scheme=calibrated.scheme,
         )
         for site, data in sites:
             if site.layer in self.refused:

@@ -7,7 +7,7 @@ of a layer can leave int32, whatever the data.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,9 +17,20 @@ from .arithmetic import FIXED_LIMIT, GUARD_BITS
 from .convolution_form import Form, form_of
 from .level_tables import table_of
 from .levels import Levels
-from .qparams import INT8, SMALLEST_SCALE, PerAxis, QParams, choose_qparams, quantize
+from .qparams import (
+    INT8,
+    SMALLEST_SCALE,
+    PerAxis,
+    QParams,
+    QuantizedType,
+    choose_qparams,
+    dequantize,
+    quantize,
+    with_scale,
+)
 from .site import Kind, Site
 from .weight_offsets import fit_weights, largest_sums
+from .weight_schemes import power_of_two_scales
 
 INT32_MAX = (1 << 31) - 1
 
@@ -276,27 +287,43 @@ def quantize_weights(site: Site, data: QParams) -> tuple[np.ndarray, QParams]:
     Returns
     -------
     tuple of ndarray and QParams
-        int8, the shape of ``site.weight``; symmetric per output channel. Levels that were chosen
-        for the site are kept, but for channels whose scale the bias widens.
+        int8, the shape of ``site.weight``, per output channel by the site's scheme. Levels that
+        were chosen for the site are kept, but for channels whose scale the bias widens. Of the
+        powers of two below and above a channel's scale, the one with the smaller squared error.
     """
-    weight = site.weight
+    weight, scheme = site.weight, site.scheme
     channels = weight.shape[0]
     flat = weight.reshape(channels, -1).astype(np.float64)
     bias = np.zeros(channels) if site.bias is None else site.bias
     chosen = choose_qparams(
         flat.min(1),
         flat.max(1),
-        type=INT8,
-        symmetric=True,
+        type=INT8 if scheme.symmetric else QuantizedType(bits=8, signed=True),
+        symmetric=scheme.symmetric,
         granularity=PerAxis(axis=0),
         layer=site.layer,
     )
-    qparams = replace(chosen, scale=_widened(chosen.scale, flat, bias, float(data.scale)))
+    if scheme.power_of_two:
+        chosen = _nearer(weight, chosen, power_of_two_scales(chosen.scale))
+    scale = _widened(chosen.scale, flat, bias, float(data.scale))
+    if scheme.power_of_two:
+        scale = power_of_two_scales(scale)[1]
+    qparams = with_scale(chosen, scale, flat.min(1))
     levels = quantize(weight, qparams)
     if site.rounded is not None:
         same = (qparams.scale == chosen.scale).reshape(-1, *[1] * (weight.ndim - 1))
         levels = np.where(same, site.rounded, levels)
     return levels, qparams
+
+
+def _nearer(weight: np.ndarray, chosen: QParams, scales: tuple[np.ndarray, ...]) -> QParams:
+    """Return, for each channel, the scale with the smaller squared error."""
+    flat = weight.reshape(len(weight), -1)
+    options = [with_scale(chosen, scale, flat.min(1)) for scale in scales]
+    errors = [
+        np.square(flat - dequantize(quantize(flat, option), option)).sum(1) for option in options
+    ]
+    return with_scale(chosen, np.where(errors[0] <= errors[1], *scales), flat.min(1))
 
 
 def _widened(

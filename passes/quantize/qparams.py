@@ -12,7 +12,7 @@ it: `quantize` equals the operator ``hone.quantize`` bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -197,15 +197,47 @@ def choose_qparams(
     else:
         scale = (high - low) / (type.quant_max - type.quant_min)
     scale = np.where(scale == 0.0, 1.0, np.maximum(scale, SMALLEST_SCALE)).astype(np.float32)
+    zeros = np.zeros(scale.shape, np.int32)
+    chosen = QParams(
+        scale=scale, zero_point=zeros, type=type, granularity=granularity or PerTensor()
+    )
+    return chosen if symmetric else with_scale(chosen, scale, low, symmetric=False)
+
+
+def with_scale(
+    qparams: QParams,
+    scale: np.ndarray,
+    minimum: np.ndarray | float,
+    *,
+    symmetric: bool | None = None,
+) -> QParams:
+    """Return quantization parameters of another scale, with the zero point that belongs to it.
+
+    ``zero_point = clamp(quant_min - round(min(minimum, 0) / scale))``, as `choose_qparams` has it.
+
+    Worked number: uint8 and the range [-1.0, 3.0] with scale 1 / 32: zero point 32, and 3.0 is
+    level 128.
+
+    Parameters
+    ----------
+    qparams : QParams
+        Where the type and the granularity come from.
+    scale : numpy.ndarray
+        float32, the shape of its scale.
+    minimum : numpy.ndarray or float
+        Lowest real values, the same shape.
+    symmetric : bool, optional
+        Zero point 0; where it is not said, for types whose range is symmetric.
+    """
+    low, type_ = np.minimum(np.asarray(minimum, np.float64), 0.0), qparams.type
+    if symmetric is None:
+        symmetric = type_.narrow and type_.signed
     if symmetric:
         zero_point = np.zeros(scale.shape, np.int32)
     else:
-        zero_point = np.clip(
-            type.quant_min - np.rint(low / scale), type.quant_min, type.quant_max
-        ).astype(np.int32)
-    return QParams(
-        scale=scale, zero_point=zero_point, type=type, granularity=granularity or PerTensor()
-    )
+        steps = np.clip(type_.quant_min - np.rint(low / scale), type_.quant_min, type_.quant_max)
+        zero_point = steps.astype(np.int32)
+    return replace(qparams, scale=scale, zero_point=zero_point)
 
 
 def quantize(x: np.ndarray, qparams: QParams) -> np.ndarray:

@@ -24,9 +24,10 @@ from .integer_layer import IntegerLayer, quantize_layer
 from .integer_writer import IntegerWriter
 from .keep_float import check_layers
 from .observer import Range
-from .qparams import UINT8, QParams, choose_qparams
-from .site import WEIGHTED, Kind, Site, Skipped, Survey
+from .qparams import UINT8, QParams, choose_qparams, with_scale
+from .site import WEIGHTED, Int8Scheme, Kind, Site, Skipped, Survey
 from .survey import survey
+from .weight_schemes import power_of_two_scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,47 +134,59 @@ def observed_tensors(module: tvm.IRModule, *, keep_float: Collection[str] = ()) 
 
 
 def weighted_inputs(
-    module: tvm.IRModule, ranges: Mapping[str, Range], *, keep_float: Collection[str] = ()
+    module: tvm.IRModule,
+    ranges: Mapping[str, Range],
+    *,
+    keep_float: Collection[str] = (),
+    scheme: Int8Scheme | None = None,
 ) -> dict[str, QParams]:
     """Return how the inputs of convolutions and matrix products will be quantized, by name.
 
     Parameters
     ----------
-    module, ranges, keep_float
+    module, ranges, keep_float, scheme
         As for `quantize_int8`.
     """
-    sites = weighted_sites(module, ranges, keep_float=keep_float)
+    sites = weighted_sites(module, ranges, keep_float=keep_float, scheme=scheme)
     return {str(site.inputs[0].name): data for site, data in sites}
 
 
 def weighted_sites(
-    module: tvm.IRModule, ranges: Mapping[str, Range], *, keep_float: Collection[str] = ()
+    module: tvm.IRModule,
+    ranges: Mapping[str, Range],
+    *,
+    keep_float: Collection[str] = (),
+    scheme: Int8Scheme | None = None,
 ) -> tuple[tuple[Site, QParams], ...]:
     """Return every convolution and matrix product with the levels of its input.
 
     Parameters
     ----------
-    module, ranges, keep_float
+    module, ranges, keep_float, scheme
         As for `quantize_int8`.
     """
-    found = survey(module["main"], keep_float=keep_float)
-    levels = _choose_levels(module["main"], found, ranges)
+    found = survey(module["main"], keep_float=keep_float, scheme=scheme)
+    levels = _choose_levels(module["main"], found, ranges, scheme)
     return tuple((site, levels[site.inputs[0]]) for site in found.sites if site.kind in WEIGHTED)
 
 
 def quantized_reads(
-    module: tvm.IRModule, ranges: Mapping[str, Range], *, keep_float: Collection[str] = ()
+    module: tvm.IRModule,
+    ranges: Mapping[str, Range],
+    *,
+    keep_float: Collection[str] = (),
+    scheme: Int8Scheme | None = None,
 ) -> tuple[QuantizedRead, ...]:
     """Return which float operator will read which tensor as levels.
 
     Parameters
     ----------
-    module, ranges, keep_float
+    module, ranges, keep_float, scheme
         As for `quantize_int8`.
     """
     graph = Dataflow(module["main"])
-    found = survey(module["main"], keep_float=keep_float)
-    levels = _choose_levels(module["main"], found, ranges)
+    found = survey(module["main"], keep_float=keep_float, scheme=scheme)
+    levels = _choose_levels(module["main"], found, ranges, scheme)
     return tuple(
         QuantizedRead(reader=str(var.name), tensor=str(x.name), qparams=levels[x])
         for site in found.sites
@@ -190,6 +203,7 @@ def quantize_int8(
     keep_float: Collection[str] = (),
     means: Mapping[str, InputMeans] | None = None,
     rounded: Mapping[str, np.ndarray] | None = None,
+    scheme: Int8Scheme | None = None,
 ) -> Quantization:
     """Quantize a module and report what was done.
 
@@ -206,6 +220,8 @@ def quantize_int8(
     rounded : mapping of str to ndarray, optional
         Layer of a `Site` → int8 levels of its weights, see `adaptive_rounding`; the other layers'
         weights are rounded to nearest.
+    scheme : Int8Scheme, optional
+        How levels are chosen; symmetric weights and any scales when absent.
 
     Raises
     ------
@@ -224,8 +240,8 @@ def quantize_int8(
     function = module["main"]
     refused: dict[str, str] = {}
     while True:
-        found = survey(function, keep_float={*keep_float, *refused})
-        qparams = _choose_levels(function, found, ranges)
+        found = survey(function, keep_float={*keep_float, *refused}, scheme=scheme)
+        qparams = _choose_levels(function, found, ranges, scheme)
         layers: dict[relax.Var, tuple[IntegerLayer, ...]] = {}
         reasons: dict[str, str] = {}
         for site in found.sites:
@@ -291,7 +307,10 @@ class QuantizeInt8:
 
 
 def _choose_levels(
-    function: relax.Function, found: Survey, ranges: Mapping[str, Range]
+    function: relax.Function,
+    found: Survey,
+    ranges: Mapping[str, Range],
+    scheme: Int8Scheme | None,
 ) -> dict[relax.Var, QParams]:
     """Return the levels of every tensor that is read as integers.
 
@@ -314,6 +333,9 @@ def _choose_levels(
         levels[var] = choose_qparams(
             seen.minimum, seen.maximum, type=UINT8, symmetric=False, layer=str(var.name)
         )
+        if scheme is not None and scheme.power_of_two:
+            _, above = power_of_two_scales(levels[var].scale)
+            levels[var] = with_scale(levels[var], above, seen.minimum)
     made = {site.output for site in found.sites if site.levels}
     for site in reversed(found.sites):
         if site.kind is Kind.CONCAT:

@@ -32,6 +32,23 @@ WEIGHTED = (Kind.CONV2D, Kind.DENSE)
 """Taken wherever they fit; what else there is, where its inputs are integers already."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Int8Scheme:
+    """How 8-bit levels are chosen.
+
+    Parameters
+    ----------
+    symmetric : bool
+        Weights about 0; else with a zero point for each output channel, see `weight_offsets`.
+    power_of_two : bool
+        All scales are powers of two, so that requantization is a shift: its factor changes nothing
+        but the exponent of a sum, which up to 2**24 is exact.
+    """
+
+    symmetric: bool = True
+    power_of_two: bool = False
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
     """A chain of bindings that becomes one integer operator.
@@ -62,6 +79,8 @@ class Site:
         Of a table: float64 values of the input → those of the result.
     rounded : numpy.ndarray or None
         int8 levels chosen for the weights, in their shape; to nearest where there are none.
+    scheme : Int8Scheme
+        How its weights are quantized.
     """
 
     kind: Kind
@@ -77,6 +96,7 @@ class Site:
     levels: bool = True
     function: Callable[[np.ndarray], np.ndarray] | None = None
     rounded: np.ndarray | None = None
+    scheme: Int8Scheme = Int8Scheme()
 
     @property
     def output(self) -> relax.Var:

@@ -27,12 +27,18 @@ from tvm.ir import GenericConst, Op
 
 from hone.passes.graph.dataflow import Dataflow, layer_of, shape_of
 
+from .between_integers import between_integers, capable_of, keeps_levels, merge_residuals
 from .convolution_form import form_of
 from .level_tables import level_function
-from .site import WEIGHTED, Kind, Site, Skipped, Survey
+from .site import Int8Scheme, Kind, Site, Skipped, Survey
 
 
-def survey(function: relax.Function, *, keep_float: Collection[str] = ()) -> Survey:
+def survey(
+    function: relax.Function,
+    *,
+    keep_float: Collection[str] = (),
+    scheme: Int8Scheme | None = None,
+) -> Survey:
     """Find the sites of a function.
 
     Parameters
@@ -41,12 +47,15 @@ def survey(function: relax.Function, *, keep_float: Collection[str] = ()) -> Sur
         One dataflow block, NHWC, batch norm folded.
     keep_float : collection of str
         Binding names of layers that must stay in float.
+    scheme : Int8Scheme, optional
+        Of their sites.
 
     Raises
     ------
     ModelError
         The function is not one dataflow block.
     """
+    scheme = scheme or Int8Scheme()
     graph = Dataflow(function)
     sites: dict[relax.Var, Site] = {}
     skipped: list[Skipped] = []
@@ -67,16 +76,16 @@ def survey(function: relax.Function, *, keep_float: Collection[str] = ()) -> Sur
             absorbed.update(site.chain)
             sites[site.output] = site
     _add_elementwise(graph, sites, absorbed, keep_float)
-    capable, passing = _capable(graph, sites, keep_float)
+    capable, passing = capable_of(graph, sites, keep_float)
     skipped += [
         Skipped(layer=site.layer, reason="its input stays in float")
         for var, site in sites.items()
         if site.kind is Kind.CONV2D_TRANSPOSE and var not in capable
     ]
-    sites, passing, wanted = _between_integers(graph, sites, capable, passing)
-    sites = _merge_residuals(graph, sites)
+    sites, passing, wanted = between_integers(graph, sites, capable, passing)
+    sites = merge_residuals(graph, sites)
     return Survey(
-        sites=tuple(sites.values()),
+        sites=tuple(replace(site, scheme=scheme) for site in sites.values()),
         skipped=tuple(skipped),
         passing=frozenset(passing),
         wanted=tuple(v for v in (*function.params, *graph.definition) if v in wanted),
@@ -135,7 +144,7 @@ def _add_elementwise(
         else:
             add(_function(graph, var, is_taken) or _two_operands(graph, var, call))
     for var in bounds:
-        if var not in absorbed and not _keeps_levels(graph.definition[var]):
+        if var not in absorbed and not keeps_levels(graph.definition[var]):
             add(_function(graph, var, is_taken))
 
 
@@ -298,106 +307,6 @@ def _bounds_of(var: relax.Var, call: relax.Call) -> tuple[float, float] | None:
     return None
 
 
-def _keeps_levels(call: relax.Call) -> bool:
-    """Tell whether an operator works on levels as they are, first argument to result."""
-    if call.op == _MAX_POOL2D:
-        return str(call.attrs.layout) == "NHWC" and str(call.attrs.out_layout or "NHWC") == "NHWC"
-    if call.op == _RESIZE:
-        return str(call.attrs.method) == "nearest_neighbor"
-    return call.op in _MOVES or call.op == _RELU
-
-
-def _capable(
-    graph: Dataflow, sites: dict[relax.Var, Site], keep_float: Collection[str]
-) -> tuple[set[relax.Var], set[relax.Var]]:
-    """Return the variables that can be integers, and those that pass levels on."""
-    capable: set[relax.Var] = set()
-    passing: set[relax.Var] = set()
-    for binding in graph.bindings:
-        var, value = binding.var, binding.value
-        site = sites.get(var)
-        if site is not None:
-            if site.kind in WEIGHTED or all(x in capable for x in site.inputs):
-                capable.add(var)
-        elif (
-            isinstance(value, relax.Call)
-            and _keeps_levels(value)
-            and value.args[0] in capable
-            and layer_of(var) not in keep_float
-        ):
-            capable.add(var)
-            passing.add(var)
-    return capable, passing
-
-
-def _between_integers(
-    graph: Dataflow,
-    sites: dict[relax.Var, Site],
-    capable: set[relax.Var],
-    passing: set[relax.Var],
-) -> tuple[dict[relax.Var, Site], set[relax.Var], set[relax.Var]]:
-    """Drop what is not between integers; return what is left, and who is read as integers."""
-    wanted: set[relax.Var] = set()
-    kept: dict[relax.Var, Site] = {}
-    kept_passing: set[relax.Var] = set()
-    for binding in reversed(graph.bindings):
-        var = binding.var
-        site = sites.get(var)
-        taken = site is not None and (
-            site.kind in WEIGHTED
-            or (var in capable and (var in wanted or site.kind is Kind.CONV2D_TRANSPOSE))
-        )
-        if site is not None and taken:
-            if var not in wanted:
-                # Only float reads it: the activation stays a float operator, nothing is rounded.
-                site = replace(
-                    site,
-                    chain=site.chain[: site.linear],
-                    low=-math.inf,
-                    high=math.inf,
-                    levels=False,
-                )
-            kept[site.output] = site
-            wanted.update(site.inputs)
-        elif var in passing and var in wanted:
-            kept_passing.add(var)
-            wanted.add(binding.value.args[0])
-    return dict(reversed(kept.items())), kept_passing, wanted
-
-
-def _merge_residuals(graph: Dataflow, sites: dict[relax.Var, Site]) -> dict[relax.Var, Site]:
-    """Let the convolution or product just before an integer addition compute the addition."""
-    position = {binding.var: i for i, binding in enumerate(graph.bindings)}
-    merged = dict(sites)
-    for output, addition in sites.items():
-        if addition.kind is not Kind.ADD:
-            continue
-        mergeable = [
-            x
-            for x in addition.inputs
-            if x in merged
-            and merged[x].kind in WEIGHTED
-            and not merged[x].residual
-            and len(merged[x].chain) == merged[x].linear
-            and graph.used_once(x)
-        ]
-        if not mergeable:
-            continue
-        last = max(mergeable, key=lambda x: position[x])
-        other = next(x for x in addition.inputs if not x.same_as(last))
-        before = merged.pop(last)
-        merged[output] = replace(
-            before,
-            chain=(*before.chain, *addition.chain),
-            inputs=(*before.inputs, other),
-            residual=True,
-            linear=before.linear + 1,
-            low=addition.low,
-            high=addition.high,
-        )
-    return merged
-
-
 _CONV2D_TRANSPOSE = Op.get("relax.nn.conv2d_transpose")
 _KINDS = {
     Op.get("relax.nn.conv2d"): Kind.CONV2D,
@@ -407,15 +316,9 @@ _KINDS = {
 _ADD = Op.get("relax.add")
 _MULTIPLY = Op.get("relax.multiply")
 _CONCAT = Op.get("relax.concat")
-_RESIZE = Op.get("relax.image.resize2d")
 _MEAN = Op.get("relax.mean")
 _AVG_POOL2D = Op.get("relax.nn.avg_pool2d")
-_MAX_POOL2D = Op.get("relax.nn.max_pool2d")
 _RELU = Op.get("relax.nn.relu")
 _CLIP = Op.get("relax.clip")
 _MAXIMUM = Op.get("relax.maximum")
 _MINIMUM = Op.get("relax.minimum")
-_MOVES = tuple(
-    Op.get(f"relax.{name}")
-    for name in ("reshape", "permute_dims", "flatten", "squeeze", "expand_dims", "strided_slice")
-)

@@ -62,3 +62,8 @@ def test_titles_say_which_helpers_work() -> None:
     step = int8(equalize="activations", alpha=0.75, rounding="adaptive", rounding_seconds=2.0)
     assert step.title == "int8 + equalize activations 0.75 + adaptive rounding"
     assert int8(recover={"epochs": 3}).title == "int8 + recover"
+
+
+def test_titles_say_how_levels_are_chosen() -> None:
+    step = int8(weights="asymmetric", power_of_two=True, observer="mse")
+    assert step.title == "int8 mse, asymmetric weights, scales 2^n"

@@ -23,6 +23,16 @@ class Int8Options(StepSection):
         description="of the values that the range holds, with the observer percentile; "
         "99.99 when absent",
     )
+    weights: Literal["symmetric", "asymmetric"] = Field(
+        default="symmetric",
+        description="levels of weights about 0, or with a zero point for each output channel, "
+        "which takes one more sum over each window of the input",
+    )
+    power_of_two: bool = Field(
+        default=False,
+        description="scales of weights and activations are powers of two: requantization is a "
+        "shift, and steps are up to twice as coarse",
+    )
     equalize: Literal["weights", "activations"] | None = Field(
         default=None,
         description="scale channels between layers first, so that the ranges of weights on both "
@@ -87,6 +97,10 @@ class Int8Options(StepSection):
             text += f" {self.observer.replace('_', ' ')}"
         if self.percentile is not None:
             text += f" {self.percentile:g}"
+        if self.weights == "asymmetric":
+            text += ", asymmetric weights"
+        if self.power_of_two:
+            text += ", scales 2^n"
         if self.equalize is not None:
             text += f" + equalize {self.equalize}"
         if self.alpha is not None:

@@ -26,7 +26,7 @@ from hone.passes.quantize.quantize_int8 import (
     observed_tensors,
     quantize_int8,
 )
-from hone.passes.quantize.site import Kind
+from hone.passes.quantize.site import Int8Scheme, Kind
 
 Emit = Callable[[relax.Expr, str], relax.Var]
 UNIT = Range(minimum=-1.0, maximum=1.0)
@@ -480,6 +480,57 @@ def test_convolution_stays_float_when_its_layout_is_nchw() -> None:
         (1, 3, 4, 4), lambda x, _: relax.op.nn.conv2d(x, relax.const(weights(2, 3, 1, 1)))
     )
     unchanged(module, "y", "the layout is NCHW OIHW NCHW, not NHWC OHWI NHWC")
+
+
+def skewed(*shape: int) -> np.ndarray:
+    """Weights that lie mostly on one side, as those behind a folded normalization can."""
+    return (np.random.default_rng(4).random(shape) - 0.1).astype(np.float32)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_asymmetric_weights_are_nearer_when_they_lie_on_one_side(depthwise: bool) -> None:
+    weight, groups = skewed(6, 3, 3, 1 if depthwise else 6), 6 if depthwise else 1
+    module = network((1, 7, 5, 6), lambda x, _: conv(x, weight, groups=groups))
+    x = np.random.default_rng(1).normal(size=(1, 7, 5, 6)).astype(np.float32)
+    seen = ranges(module, x)
+    (want,) = run(module, x)
+    errors = {}
+    for symmetric in (True, False):
+        result = quantize_int8(module, seen, scheme=Int8Scheme(symmetric=symmetric))
+        (got,) = run(result.module, x)
+        errors[symmetric] = float(np.square(got - want).sum())
+        sums = [name for name in ops(result.module) if name.endswith("_sums")]
+        assert bool(sums) is not (symmetric or depthwise)
+    assert errors[False] < errors[True]
+
+
+def test_scales_of_powers_of_two_make_requantization_a_shift() -> None:
+    def body(x: relax.Var, emit: Emit) -> relax.Expr:
+        a = emit(relax.op.nn.relu(emit(conv(x, weights(8, 3, 3, 3)), "a")), "relu")
+        return conv(a, weights(4, 1, 1, 8))
+
+    module = network((1, 6, 6, 3), body)
+    x = np.random.default_rng(1).normal(size=(1, 6, 6, 3)).astype(np.float32)
+    scheme = Int8Scheme(power_of_two=True)
+    result = quantize_int8(module, ranges(module, x), scheme=scheme)
+    first, second = (
+        b.value
+        for b in Dataflow(result.module["main"]).bindings
+        if isinstance(b.value, relax.Call) and str(b.value.op.name) == "hone.conv2d_int8"
+    )
+    for call in (first, second):
+        mantissa, _ = np.frexp(call.args[3].value.numpy())
+        assert set(mantissa.tolist()) == {0.5}
+    # The sums of the first one, shifted: half to even.
+    sums = np.random.default_rng(2).integers(-(2**23), 2**23, 5000)
+    for factor in np.unique(first.args[3].value.numpy()):
+        shift = -int(np.log2(factor))
+        low, rest = sums >> shift, sums & (2**shift - 1)
+        half = 2 ** (shift - 1)
+        shifted = low + ((rest > half) | ((rest == half) & (low % 2 == 1)))
+        np.testing.assert_array_equal(np.rint(sums.astype(np.float32) * factor), shifted)
+    (want,), (got,) = run(module, x), run(result.module, x)
+    assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize(
