@@ -126,8 +126,8 @@ def lower_stages_of(machine: Machine, *, compact: bool = False) -> tuple[Stage, 
         ),
         Stage(
             name="group",
-            summary="elementwise operators join the kernel before them",
-            run=FuseOperators(),
+            summary="elementwise operators join the kernel before them, depthwise ones an expansion",
+            run=FuseOperators(machine),
         ),
         Stage(
             name="fuse",

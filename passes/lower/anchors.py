@@ -10,6 +10,12 @@ from tvm.ir import Op
 # AnnotateTIROpPattern keeps an attribute that it finds.
 ANCHOR = {"op_pattern": 4}
 
+# What a convolution is, for passes that join kernels: a dense one whose register tiles divide its
+# result, with float32 data, or a depthwise one.
+ROLE = "hone.role"
+DENSE = "dense"
+DEPTHWISE = "depthwise"
+
 NCHW_TO_NHWC = [0, 2, 3, 1]
 
 

@@ -19,7 +19,14 @@ from tvm import relax, te, tirx
 
 from hone.targets.schedule.machine import Machine, choose_tile
 
-from .anchors import ANCHOR, default_legalization, through_layout_change
+from .anchors import (
+    ANCHOR,
+    DENSE,
+    DEPTHWISE,
+    ROLE,
+    default_legalization,
+    through_layout_change,
+)
 from .half import is_half, widen, widened_source
 from .window import Window as Window
 from .winograd import Transform, choose_transform, transform_weight, winograd_conv2d
@@ -278,8 +285,9 @@ def legalize_conv2d(
             depth=depth,
             taps=taps_h * taps_w,
         )
-        packed = pack_conv2d_weight(values, tile.vectors * machine.lanes)
+        pack = tile.vectors * machine.lanes
         data, channels_first = through_layout_change(bb, data)
+        whole = channels % pack == 0 and width % tile.columns == 0 and not is_half(data)
         return bb.call_te(
             partial(
                 conv2d,
@@ -289,9 +297,9 @@ def legalize_conv2d(
                 channels_first=channels_first,
             ),
             data,
-            relax.const(packed),
+            relax.const(pack_conv2d_weight(values, pack)),
             primfunc_name_hint="conv2d",
-            primfunc_attrs=ANCHOR,
+            primfunc_attrs={**ANCHOR, ROLE: DENSE} if whole else ANCHOR,
         )
     if int(attrs.groups) == window.shape[3] == channels and depth == 1:
         packed = np.ascontiguousarray(values[..., 0].transpose(1, 2, 0))
@@ -300,6 +308,6 @@ def legalize_conv2d(
             data,
             relax.const(packed),
             primfunc_name_hint="depthwise_conv2d",
-            primfunc_attrs=ANCHOR,
+            primfunc_attrs={**ANCHOR, ROLE: DEPTHWISE},
         )
     return _grouped(machine, bb, data, values, window, groups=int(attrs.groups))

@@ -14,7 +14,9 @@ import tvm
 from tvm import relax
 
 from hone.passes.apply import apply
+from hone.targets.schedule.machine import Machine
 
+from .fuse_rows import FuseRows
 from .separate_broadcasts import RemoveSeparations, SeparateBroadcasts
 
 ATTRIBUTE = "hone.kernel_layers"
@@ -92,7 +94,16 @@ class _Origins:
 
 @tvm.transform.module_pass(opt_level=0)
 class FuseOperators:
-    """Group operators, and write kernel → layers into the module's attribute."""
+    """Group operators, and write kernel → layers into the module's attribute.
+
+    Parameters
+    ----------
+    machine : Machine, optional
+        Decides which groups `FuseRows` joins; none are without it.
+    """
+
+    def __init__(self, machine: Machine | None = None) -> None:
+        self._joins = [] if machine is None else [FuseRows(machine)]
 
     def transform_module(
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
@@ -102,7 +113,9 @@ class FuseOperators:
         module = tvm.transform.Sequential(
             [transform.AnnotateTIROpPattern(), transform.FoldConstant()]
         )(module)
-        fused = apply(module, SeparateBroadcasts(), transform.FuseOps(), RemoveSeparations())
+        fused = apply(
+            module, SeparateBroadcasts(), transform.FuseOps(), RemoveSeparations(), *self._joins
+        )
         return fused.with_attr(ATTRIBUTE, _table(module, fused))
 
 

@@ -14,6 +14,7 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import SBlockRV
 
 from .attention import schedule_attention
+from .bands import schedule_bands
 from .blocks import DoesNotFitError, is_scheduled, leaves, name_of
 from .contraction import schedule_batch_matmul, schedule_conv2d, schedule_dense
 from .copies import write_copies
@@ -40,8 +41,8 @@ class Decision:
     kernel : str
         Name of the PrimFunc.
     rule : str
-        ``conv2d``, ``dense``, ``batch_matmul``, ``attention``, ``window``, ``winograd``, ``rows``,
-        ``columns``, ``weight_only``, ``tiles``, ``copies``, ``matrices``, ``generic``,
+        ``conv2d``, ``dense``, ``batch_matmul``, ``attention``, ``window``, ``bands``, ``winograd``,
+        ``rows``, ``columns``, ``weight_only``, ``tiles``, ``copies``, ``matrices``, ``generic``,
         ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
@@ -53,6 +54,8 @@ class Decision:
 
 
 def _template(blocks: dict[str, SBlockRV]) -> str:
+    if {"conv_acc", "dw_acc"} <= blocks.keys():
+        return "bands"
     for prefix, rule in (
         ("conv_acc", "conv2d"),
         ("dw_acc", "window"),
@@ -84,6 +87,7 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
     whole = {
         "generic": schedule_generic,
         "attention": schedule_attention,
+        "bands": schedule_bands,
         "rows": schedule_rows,
         "columns": schedule_columns,
         "winograd": schedule_winograd,

@@ -28,6 +28,11 @@ MAX_COLUMNS = 8
 SMALL_IMAGE = 7 * 7
 
 
+def column_tiles(width: int) -> list[int]:
+    """Return the columns that a register tile of a window may have, best first."""
+    return sorted((d for d in divisors(width) if d <= MAX_COLUMNS), reverse=True)
+
+
 def schedule_window(
     schedule: s_tir.Schedule,
     machine: Machine,
@@ -49,8 +54,7 @@ def schedule_window(
     itemsize = tvm.runtime.DataType(str(schedule.get(anchor).writes[0].source.dtype)).itemsize
     vector = machine.lanes * 4 // itemsize
     lanes = vector_length(channels, vector)
-    tiles = sorted((d for d in divisors(width) if d <= MAX_COLUMNS), reverse=True)
-    columns = machine.pick("pixels", {f"1x{d}": d for d in tiles})
+    columns = machine.pick("pixels", {f"1x{d}": d for d in column_tiles(width)})
     w_outer, w_inner = schedule.split(w, [None, columns])
     c_outer, c_lane = schedule.split(c, [None, lanes])
     in_height, in_width = read_shape(schedule, anchor, 0)[1:3]

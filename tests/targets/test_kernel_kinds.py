@@ -26,7 +26,7 @@ from hone.targets.target import resolve
 THREADS = 2
 RULES = {
     *("conv2d", "winograd", "window", "dense", "batch_matmul", "attention", "rows", "columns"),
-    "generic",
+    *("bands", "generic"),
 }
 
 
@@ -83,6 +83,26 @@ def conv(
     )
 
 
+def expanded(
+    x: tuple[int, ...], k: int, *, taps: int = 1, depthwise: int = 3, act: str = "Relu",
+    strides: tuple[int, int] = (1, 1), first: tuple[int, int] = (1, 1),
+) -> Case:  # fmt: skip
+    """Return a convolution to k channels, and the depthwise one behind it."""
+    around, pads = [taps // 2] * 4, [depthwise // 2] * 4
+    return Case(
+        kind="expansion and depthwise convolution",
+        inputs=(x,),
+        nodes=(
+            Node(op="Conv", weights=((k, x[1], taps, taps), (k,)),
+                 attributes={"pads": around, "strides": list(first)}),
+            Node(op=act),
+            Node(op="Conv", weights=((k, 1, depthwise, depthwise), (k,)),
+                 attributes={"pads": pads, "strides": list(strides), "group": k}),
+            Node(op=act),
+        ),
+    )  # fmt: skip
+
+
 def one(
     kind: str, op: str, *inputs: tuple[int, ...], weights: tuple[Any, ...] = (), **attributes: Any
 ) -> Case:
@@ -104,6 +124,14 @@ def floats(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
+# Images as small as these are computed apart unless it was measured otherwise.
+JOINED = {
+    f"rows {geometry}": "joined"
+    for geometry in (
+        "13x11x48 of 7, 3x3", "14x12x32 of 5, 3x3", "9x7x64 of 6, 5x5", "15x14x16 of 9, 5x5",
+        "11x14x32 of 27, 3x3", "1x1x16 of 8, 3x3",
+    )
+}  # fmt: skip
 NONE = np.array([], np.float32)
 POINT = {"taps": (1, 1), "pads": (0, 0, 0, 0)}
 CASES = [
@@ -121,6 +149,12 @@ CASES = [
     conv("grouped convolution", (1, 5, 8, 7), 10, group=5),
     conv("depthwise convolution", (1, 19, 13, 11), 19, group=19),
     conv("depthwise convolution", (3, 32, 12, 14), 32, group=32, strides=[2, 2]),
+    expanded((1, 7, 13, 11), 48),
+    expanded((3, 5, 14, 12), 32, strides=(2, 2), act="HardSwish"),
+    expanded((1, 6, 9, 7), 64, depthwise=5),
+    expanded((3, 9, 15, 14), 16, depthwise=5, strides=(2, 2)),
+    expanded((1, 3, 22, 28), 32, taps=3, first=(2, 2)),
+    expanded((1, 8, 1, 1), 16),
     conv("1-D convolution", (3, 5, 17), 7, taps=(3,), pads=(1, 1)),
     conv("transposed convolution", (3, 7, 5, 6), 11, op="ConvTranspose", strides=[2, 2],
          output_padding=[1, 0]),
@@ -306,7 +340,7 @@ def expected() -> Expected:
 
 def scheduled(model: Any, name: str) -> Any:
     target = resolve(name)
-    lowered = pipeline.lower(model.module, target, threads=THREADS)
+    lowered = pipeline.lower(model.module, target, threads=THREADS, decided=JOINED)
     result = pipeline.schedule(lowered, target, threads=THREADS)
     assert {decision.rule for decision in result.decisions} >= RULES
     return result.module
