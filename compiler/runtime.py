@@ -142,8 +142,9 @@ class Runner:
         UsageError
             If the inputs do not fit the signature.
         """
-        self._signature.check_inputs(inputs)
         bound = self._bound
+        if not bound.fits(inputs):
+            self._signature.check_inputs(inputs)
         with self._lock:
             bound.fill(inputs)
             bound.call()
@@ -248,24 +249,43 @@ class _Bound:
         signature = code.signature
         self._code = code
         self._inputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.inputs]
+        self._slots = [(s.name, a) for s, a in zip(signature.inputs, self._inputs, strict=True)]
         self._tensors = [
             code.from_dlpack(array, require_alignment=ALIGNMENT_BYTES) for array in self._inputs
         ]
         self._result: Any = None
         self._outputs: list[np.ndarray] = []
+        self._results: list[tuple[str, np.ndarray]] = []
         self._table = 0
         if code.planned is not None:
             self._outputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.outputs]
+            names = [s.name for s in signature.outputs]
+            self._results = list(zip(names, self._outputs, strict=True))
             arrays = [code.workspace, *self._inputs, *self._outputs]
             addresses = [array.ctypes.data for array in arrays]
             addresses += [weight.data_ptr() for weight in code.weights]
             self._pointers = np.array(addresses, np.uint64)
             self._table = int(self._pointers.ctypes.data)
 
+    def fits(self, inputs: Mapping[str, np.ndarray]) -> bool:
+        """Say whether inputs are as the signature lists them, in native byte order.
+
+        Quick, since most are. For others `Signature.check_inputs` decides, and says what is wrong.
+        """
+        if len(inputs) != len(self._slots):
+            return False
+        for name, slot in self._slots:
+            array = inputs.get(name)
+            if type(array) is not np.ndarray or array.shape != slot.shape:
+                return False
+            if array.dtype is not slot.dtype:
+                return False
+        return True
+
     def fill(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Copy inputs."""
-        for spec, array in zip(self._code.signature.inputs, self._inputs, strict=True):
-            np.copyto(array, inputs[spec.name], casting="equiv")
+        """Copy inputs that were checked, whatever their strides and byte order."""
+        for name, slot in self._slots:
+            slot[...] = inputs[name]
 
     def call(self) -> None:
         """Run."""
@@ -278,12 +298,9 @@ class _Bound:
 
     def outputs(self) -> dict[str, np.ndarray]:
         """Copy what the last call returned."""
-        specs = self._code.signature.outputs
         if self._result is None:
-            return {
-                spec.name: array.copy() for spec, array in zip(specs, self._outputs, strict=True)
-            }
-        return _collect(self._result, specs)
+            return {name: array.copy() for name, array in self._results}
+        return _collect(self._result, self._code.signature.outputs)
 
 
 def _check_signature(signature: Signature, code: Mapping[str, Sequence[Any]]) -> None:
