@@ -91,12 +91,12 @@ class Skipped(Row):
 
 
 class QuantizedLayer(Row):
-    """A layer in integers and how near its result is to the float model's."""
+    """A layer of fewer bits and how near its result is to the float model's."""
 
     layer: str
     sqnr_db: float | None = Field(
-        description="signal to quantization noise, all layers before it in integers too; "
-        "null without noise"
+        description="signal to quantization noise of its result, with all layers before it as "
+        "they are then; of its weights where a step has no data; null without noise"
     )
 
 

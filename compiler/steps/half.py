@@ -10,10 +10,12 @@ from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.graph.dataflow import Dataflow
 from hone.passes.graph.to_half import ToHalf
 from hone.passes.quantize.operators import NAMES as INTEGER_OPERATORS
+from hone.quantization_error import compared_floats
 from hone.targets.half_dot import BFLOAT16, FLOAT16
 
 from .candidate import Candidate, Context, bindings_left, prepared, selected
 from .options.half import HalfOptions
+from .sqnr import sqnr
 
 DTYPES = {"bf16": BFLOAT16, "fp16": FLOAT16}
 """The type that each kind of step stores."""
@@ -29,7 +31,7 @@ def propose(model: Model, step: HalfOptions, context: Context) -> Candidate:
     step : HalfOptions
         From the recipe.
     context : Context
-        What all steps share; no data are needed.
+        What all steps share; data are needed for the errors of layers alone.
 
     Raises
     ------
@@ -52,9 +54,12 @@ def propose(model: Model, step: HalfOptions, context: Context) -> Candidate:
         if call is not None
     )
     count = len(plan.converted)
+    changed = model.with_module(apply(ready.module, conversion))
+    pairs = compared_floats(ready.module, changed.module, plan.converted)
     return Candidate(
-        model=model.with_module(apply(ready.module, conversion)),
+        model=changed,
         precision=None if integers else step.kind,
         skipped=skipped,
+        errors=sqnr(ready, changed, pairs, context.calibration, context),
         note=f"{count} {'layer' if count == 1 else 'layers'} in {step.kind}",
     )

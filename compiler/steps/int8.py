@@ -32,11 +32,12 @@ from hone.passes.quantize.site import Int8Scheme
 from hone.passes.quantize.slice_splits import SliceSplits
 from hone.passes.quantize.smooth_norms import smooth_norms, smoothed_tensors
 from hone.passes.quantize.weight_schemes import WeightOptions
-from hone.quantization_error import layer_errors
+from hone.quantization_error import compared_levels
 
 from .candidate import Candidate, Context, bindings_left, prepared, selected
 from .options.int8 import Int8Options, Int8Step
 from .recovered import recovered
+from .sqnr import sqnr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,9 +285,5 @@ def errors(
     context : Context
         Says on how many of them.
     """
-    samples = context.error_samples
-    if not samples:
-        return ()
-    ids = {layer.binding: layer.id for layer in ready.layers}
-    found = layer_errors(ready, result, data, samples=samples, threads=context.threads)
-    return tuple((ids.get(error.layer, error.layer), error.sqnr_db) for error in found)
+    changed = ready.with_module(result.module)
+    return sqnr(ready, changed, compared_levels(result), data, context)

@@ -33,12 +33,14 @@ from hone.passes.quantize.survey import survey
 from hone.profiling.call_times import CallTime, call_times, is_conversion, layer_us
 from hone.profiling.conversions import conversions
 from hone.profiling.roofline import of_this_machine
+from hone.quantization_error import Compared, compared_floats, compared_levels
 from hone.summary import Version
 
 from . import int8
 from .candidate import Candidate, Context, bindings_left, prepared, selected
 from .options.mixed import MixedStep
 from .quantizers import QUANTIZERS, Ground, Int8Quantizer, Quantizer
+from .sqnr import sqnr
 from .trials import Trials
 
 TIMING_S = 0.5
@@ -264,7 +266,7 @@ class _Oracle:
             + ("" if answer.complete else ", the time limit came first")
             + (self._ground.calibrated.note if self._ground.calibrated is not None else "")
         )
-        errors = self._errors(answer.assignment)
+        errors = self._errors(answer.assignment, model)
         ids = self._ids
         return Candidate(
             model=model,
@@ -276,15 +278,17 @@ class _Oracle:
             conversions=_conversion_costs(model, calls, ids),
         )
 
-    def _errors(self, assignment: Assignment) -> dict[str, float | None]:
-        """Return id → SQNR in dB of each layer in integers."""
+    def _errors(self, assignment: Assignment, model: Model) -> dict[str, float | None]:
+        """Return id → SQNR in dB of each layer that is not in float, as the network has them."""
+        ground = self._ground.model
         quantizer = self._quantizers.get("int8")
         layers = {layer for layer, precision in assignment.items() if precision == "int8"}
-        if not layers or not isinstance(quantizer, Int8Quantizer):
-            return {}
-        ground = self._ground.model
-        result = quantizer.quantization(ground.module, layers)
-        return dict(int8.errors(ground, result, self._data, self._context))
+        pairs: tuple[Compared, ...] = ()
+        if layers and isinstance(quantizer, Int8Quantizer):
+            pairs = compared_levels(quantizer.quantization(ground.module, layers))
+        others = [layer for layer in assignment if layer not in layers]
+        pairs += compared_floats(ground.module, model.module, others)
+        return dict(sqnr(ground, model, pairs, self._data, self._context))
 
     def _layers(
         self, answer: Answer, errors: Mapping[str, float | None], times: Mapping[str, float]

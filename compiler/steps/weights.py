@@ -12,12 +12,16 @@ from hone.model import Model
 from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.quantize.adaptive_rounding import STEPS
-from hone.passes.quantize.quantize_weights import quantize_weight_only
+from hone.passes.quantize.match_qdq import match_qdq
+from hone.passes.quantize.pack_weights import pack_weights
+from hone.passes.quantize.quantize_weights import PACKED, quantize_weight_only
 from hone.passes.quantize.weight_schemes import Granularity, Scheme, WeightOptions
+from hone.quantization_error import compared_floats
 
 from .candidate import Candidate, Context, bindings_left, prepared, selected
 from .options.weights import WeightsStep
 from .recovered import recovered
+from .sqnr import sqnr
 
 
 def propose(model: Model, step: WeightsStep, context: Context) -> Candidate:
@@ -31,7 +35,8 @@ def propose(model: Model, step: WeightsStep, context: Context) -> Candidate:
         A selector of ``skip`` names no layer, or what is to be learned lacks data.
     """
     options = weight_options(step)
-    ready = model.with_module(apply(prepared(model), ToNHWC()))
+    given = model.with_module(pack_weights(match_qdq(model.module).module).module)
+    ready = model.with_module(apply(prepared(given), ToNHWC()))
     skip = bindings_left(ready, selected(model, step), where="skip")
     note = ""
     if step.recover is not None:
@@ -50,17 +55,21 @@ def propose(model: Model, step: WeightsStep, context: Context) -> Candidate:
     result = quantize_weight_only(ready.module, options, keep_float=skip, rounded=rounded)
     skipped = tuple((entry.layer, entry.reason) for entry in result.skipped)
     if not result.quantized:
-        return Candidate(model=model, skipped=skipped, note="no weight fits")
+        packed = [entry.reason.endswith(PACKED) for entry in result.skipped]
+        note = "all weights are packed already" if packed and all(packed) else "no weight fits"
+        return Candidate(model=model, skipped=skipped, note=note)
     before = sum(entry.float_bytes for entry in result.quantized)
     after = sum(entry.stored_bytes for entry in result.quantized)
+    changed = model.with_module(result.module)
+    layers = [entry.layer for entry in result.quantized]
+    pairs = compared_floats(ready.module, result.module, layers)
     ids = {layer.binding: layer.id for layer in ready.layers}
+    alone = tuple((ids.get(entry.layer, entry.layer), entry.sqnr_db) for entry in result.quantized)
     return Candidate(
-        model=model.with_module(result.module),
+        model=changed,
         skipped=skipped,
         note=f"weights of {len(result.quantized)} layers from {before} to {after} bytes{note}",
-        errors=tuple(
-            (ids.get(entry.layer, entry.layer), entry.sqnr_db) for entry in result.quantized
-        ),
+        errors=sqnr(ready, changed, pairs, context.calibration, context) or alone,
     )
 
 

@@ -22,12 +22,16 @@ from tvm.ir import Op
 from hone.passes.graph.dataflow import Dataflow, Rebuilder, layer_of, shape_of, with_args
 
 from .binary_layers import binary_conv2d, binary_matmul
-from .decode_operator import TABLE_MODES, Decoded
+from .decode_operator import TABLE_MODES, Decoded, decode_call
 from .keep_float import check_layers
 from .site import Skipped
 from .weight_schemes import Scheme, WeightOptions, quantize_weights
 
 _CONV2D, _MATMUL, _TAKE = (Op.get(f"relax.{name}") for name in ("nn.conv2d", "matmul", "take"))
+
+
+PACKED = "packed already"
+"""Ends the reason of a layer whose weights the model has in a few bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +119,12 @@ def quantize_weight_only(
         if layer in keep_float:
             reason = "kept in float"
         if reason is not None or weight is None:
-            # What no weight stands in is no layer to report: a product of two activations.
-            if weight is not None:
+            decoded_before = decode_call(graph.definition.get(call.args[position]))
+            if decoded_before is not None:
+                bits = Decoded.of(decoded_before).levels.bits
+                skipped.append(Skipped(layer, f"its weights of {bits} bits are {PACKED}"))
+            elif weight is not None:
+                # What no weight stands in is no layer to report: a product of two activations.
                 skipped.append(Skipped(layer, reason or ""))
             builder.copy(binding)
             continue

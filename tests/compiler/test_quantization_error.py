@@ -13,10 +13,12 @@ from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.quantize.qparams import dequantize
 from hone.passes.quantize.quantize_int8 import quantize_int8
-from hone.quantization_error import layer_errors, sqnr_db
-from hone.steps import int8
+from hone.quantization_error import compared_levels, layer_errors, sqnr_db
+from hone.quantized import HALF_STEPS
+from hone.steps import half, int8, weights
 from hone.steps.candidate import Candidate, Context
 from hone.steps.options.int8 import Int8Step
+from hone.steps.options.weights import WeightsStep
 from hone.targets.target import resolve
 from hone.tensor_reader import TensorReader
 
@@ -73,7 +75,8 @@ def test_layer_errors_equal_numpy(model: Model) -> None:
     prepared = model.with_module(apply(model.module, ToNHWC()))
     data = dataset(4)
     result = quantize_int8(prepared.module, calibrate(prepared, data, threads=1))
-    errors = layer_errors(prepared, result, data, samples=3, threads=1)
+    changed = prepared.with_module(result.module)
+    errors = layer_errors(prepared, changed, compared_levels(result), data, samples=3, threads=1)
     assert [e.layer for e in errors] == ["conv1", "conv2", "fc"]
     x = data.inputs["x"][:3, 0].astype(np.float64)
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -117,6 +120,40 @@ def propose(
     return int8.propose(model, Int8Step.model_validate({"kind": "int8", **options}), context)
 
 
+def context(data: Dataset | None) -> Context:
+    return Context(target=resolve("host"), threads=1, calibration=data, error_samples=3)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_errors_of_layers_of_16_bit_floats_are_reported(model: Model, kind: str) -> None:
+    step = HALF_STEPS[kind].model_validate({"kind": kind})
+    errors = dict(half.propose(model, step, context(dataset(4))).errors)
+    assert list(errors) == ["conv1", "conv2", "fc"]
+    # Products of 8 and 11 bits of mantissa.
+    low, high = (35, 65) if kind == "bf16" else (55, 85)
+    assert all(error is not None and low < error < high for error in errors.values())
+    assert half.propose(model, step, context(None)).errors == ()
+
+
+def test_errors_of_layers_with_weights_of_few_bits_are_those_of_their_results(model: Model) -> None:
+    errors = {
+        bits: dict(
+            weights.propose(
+                model,
+                WeightsStep.model_validate({"kind": "weights", "bits": bits}),
+                context(dataset(4)),
+            ).errors
+        )
+        for bits in (8, 4)
+    }
+    assert list(errors[8]) == ["conv1", "conv2", "fc"]
+    assert all(errors[4][layer] < errors[8][layer] - 10 for layer in errors[8])
+    step = WeightsStep.model_validate({"kind": "weights"})
+    alone = dict(weights.propose(model, step, context(None)).errors)
+    assert list(alone) == list(errors[8])
+    assert alone != errors[8]
+
+
 OPTIONS = [
     {"observer": "moving_average"},
     {"observer": "percentile", "percentile": 90.0},
@@ -129,6 +166,9 @@ OPTIONS = [
     {"recover": {"epochs": 4}},
     {"recover": {"epochs": 4, "freeze": [0.5, 1.0]}},
     {"bias_correction": True},
+    {"weights": "asymmetric"},
+    {"power_of_two": True},
+    {"weights": "asymmetric", "rounding": "adaptive", "rounding_steps": 50},
     {"skip": ["last"]},
 ]
 

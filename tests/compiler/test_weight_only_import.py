@@ -15,9 +15,15 @@ from onnx import TensorProto, helper, numpy_helper
 import hone
 from hone import importer, parity, runtime, shadow
 from hone.errors import ModelError
+from hone.passes.graph.dataflow import Dataflow
+from hone.passes.quantize.decode_operator import Decoded, decode_call
 from hone.passes.quantize.match_qdq import match_qdq
 from hone.passes.quantize.pack_weights import WeightPacking, pack_weights
 from hone.progress import console
+from hone.steps import weights
+from hone.steps.candidate import Context
+from hone.steps.options.weights import WeightsStep
+from hone.targets.target import resolve
 
 MICROSOFT = "com.microsoft"
 NARROW = {
@@ -410,3 +416,27 @@ def test_what_became_of_the_weights_is_logged():
     lines = stream.getvalue()
     assert "weights: 1 layer reads the model's own levels, packed in 4 bits" in lines
     assert "stays in float" not in lines
+
+
+@pytest.mark.parametrize("other", [True, False], ids=["one more layer", "alone"])
+def test_weights_that_are_packed_already_are_named_and_others_packed(other):
+    model, _, _ = n_bits(64, 32, outer=(4,))
+    if other:
+        weight = np.random.default_rng(3).standard_normal((32, 48)).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(weight, "w2"))
+        model.graph.node.append(helper.make_node("MatMul", ["y", "w2"], ["z"], name="last"))
+        model.graph.output.append(onnx.ValueInfoProto(name="z"))
+        model = onnx.shape_inference.infer_shapes(model)
+    loaded = importer.load(model)
+    step = WeightsStep.model_validate({"kind": "weights"})
+    candidate = weights.propose(loaded, step, Context(target=resolve("host"), threads=1))
+    assert candidate.skipped == (("fc", "its weights of 4 bits are packed already"),)
+    if not other:
+        assert candidate.model is loaded
+        assert candidate.note == "all weights are packed already"
+        return
+    assert [layer for layer, _ in candidate.errors] == ["last"]
+    assert candidate.note.startswith("weights of 1 layers")
+    bindings = Dataflow(candidate.model.module["main"]).bindings
+    bits = [Decoded.of(b.value).levels.bits for b in bindings if decode_call(b.value) is not None]
+    assert bits == [4, 8]
