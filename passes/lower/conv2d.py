@@ -184,6 +184,24 @@ def pack_conv2d_weight(weight: np.ndarray, tile: int) -> np.ndarray:
     return np.ascontiguousarray(blocked.transpose(0, 2, 3, 4, 1))
 
 
+def grouped_tile(
+    machine: Machine, window: Window, *, group: int, depth: int, taps: int
+) -> tuple[int, int]:
+    """Return how many output channels a grouped convolution packs together, and columns of a tile.
+
+    The widest vectors that divide a group of ``group`` output channels, then as many of them as fit
+    the registers.
+    """
+    height, width = window.output
+    chosen = choose_tile(
+        machine, height=height, width=width, channels=group, depth=depth, taps=taps
+    )
+    lanes = math.gcd(group, machine.lanes)
+    most = max(chosen.vectors, machine.accumulators // 2 if lanes == 1 else 1)
+    vectors = max(v for v in range(1, most + 1) if group // lanes % v == 0)
+    return vectors * lanes, chosen.columns
+
+
 def _winograd(
     machine: Machine,
     bb: relax.BlockBuilder,
@@ -223,22 +241,16 @@ def _grouped(
     groups: int,
 ) -> relax.Expr:
     channels, taps_h, taps_w, depth = weight.shape
-    group = channels // groups
-    height, width = window.output
-    chosen = choose_tile(
-        machine, height=height, width=width, channels=group, depth=depth, taps=taps_h * taps_w
+    tile, columns = grouped_tile(
+        machine, window, group=channels // groups, depth=depth, taps=taps_h * taps_w
     )
-    # The widest vectors that divide a group, then as many of them as fit the registers.
-    lanes = math.gcd(group, machine.lanes)
-    most = max(chosen.vectors, machine.accumulators // 2 if lanes == 1 else 1)
-    vectors = max(v for v in range(1, most + 1) if group // lanes % v == 0)
-    packed = pack_conv2d_weight(weight, vectors * lanes)
+    packed = pack_conv2d_weight(weight, tile)
     return bb.call_te(
         partial(
             conv2d,
             window=window,
             channels=channels,
-            tile_columns=chosen.columns,
+            tile_columns=columns,
             channels_first=False,
             groups=groups,
         ),

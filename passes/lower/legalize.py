@@ -17,10 +17,10 @@ from hone.passes.quantize.decode_operator import NAME as DECODE_WEIGHTS
 from hone.passes.quantize.legalize import rules as integer_rules
 from hone.targets.schedule.machine import Machine
 
-from .anchors import default_legalization
+from .anchors import default_legalization, is_constant
 from .attention import legalize_attention
+from .computed_weights import legalize_computed_conv2d
 from .conv2d import legalize_conv2d
-from .dense import legalize_matmul
 from .elementary import ELEMENTARY_RULES
 from .fuse_attention import FuseAttention
 from .half import is_half, legalize_astype
@@ -28,6 +28,7 @@ from .half_conv2d import legalize_half_conv2d
 from .half_dense import legalize_half_matmul
 from .normalize import legalize_group_norm, legalize_layer_norm, legalize_softmax
 from .pool2d import legalize_max_pool2d
+from .products import legalize_product
 from .reductions import STATISTICS, legalize_statistic
 from .weight_only import legalize_decode
 from .weight_only import rules as weight_only_rules
@@ -46,6 +47,11 @@ Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 def _by_weight(*, single: Rule, half: Rule) -> Rule:
     """Return the rule that fits the type of a layer's second operand."""
     return lambda bb, call: (half if is_half(call.args[1]) else single)(bb, call)
+
+
+def _by_origin(*, constant: Rule, computed: Rule) -> Rule:
+    """Return the rule that fits weights that are constant, or computed by the model."""
+    return lambda bb, call: (constant if is_constant(call.args[1]) else computed)(bb, call)
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -73,11 +79,14 @@ class LegalizeForCPU:
                 self._machine,
                 {
                     "relax.nn.conv2d": _by_weight(
-                        single=partial(legalize_conv2d, self._machine, self._compact),
+                        single=_by_origin(
+                            constant=partial(legalize_conv2d, self._machine, self._compact),
+                            computed=partial(legalize_computed_conv2d, self._machine),
+                        ),
                         half=partial(legalize_half_conv2d, self._machine, self._compact),
                     ),
                     "relax.matmul": _by_weight(
-                        single=partial(legalize_matmul, self._machine),
+                        single=partial(legalize_product, self._machine),
                         half=partial(legalize_half_matmul, self._machine),
                     ),
                     "relax.take": default_legalization,
