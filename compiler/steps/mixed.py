@@ -6,6 +6,7 @@ compiling, running and timing.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from hone.errors import UsageError
 from hone.kernel_table import tensor_ids
 from hone.measure import Outcome
 from hone.mixed.controller import Answer, Controller, Question, most_probes
+from hone.mixed.conversion_price import conversion_us, timed_conversions
 from hone.mixed.layer_precision import ConversionCost, Cost, LayerPrecision
 from hone.mixed.oracle import FLOAT, Assignment, Clock, OutOfTimeError, Remembering
 from hone.mixed.partition import Border
@@ -65,6 +67,7 @@ def propose(model: Model, step: MixedStep, context: Context) -> Candidate | str:
     trials = context.trials
     if trials is None:
         raise UsageError("mixed precision needs a build, which evaluates and measures its probes")
+    started = time.monotonic()
     data = context.calibration_for(step)
     ready = model.with_module(apply(prepared(model), SliceSplits(), ToNHWC()))
     skip = bindings_left(ready, selected(model, step), where="skip")
@@ -75,7 +78,10 @@ def propose(model: Model, step: MixedStep, context: Context) -> Candidate | str:
     if state.resumed:
         context.progress.log(f"mixed precision: {state.resumed} answers of an earlier build")
     with context.progress.task("mixed precision", total=most_probes(question)) as task:
-        remembering = Remembering(oracle, state, seconds=step.seconds)
+        left = None
+        if step.seconds is not None:
+            left = max(step.seconds - (time.monotonic() - started), 0.0)
+        remembering = Remembering(oracle, state, seconds=left)
         try:
             answer = Controller(question, remembering, task).run()
         except OutOfTimeError:
@@ -174,13 +180,17 @@ class _Oracle:
             **{name: {FLOAT: 0.0} for name in graph.fixed},
             **{name: {} for name in graph.layers},
         }
+        priced: list[tuple[int, float]] = []
         for precision in (FLOAT, *question.precisions):
             uniform = {
                 layer: precision
                 for layer in question.layers
                 if precision != FLOAT and question.fits(layer, precision)
             }
-            for layer, us in self._layer_us(self._version(uniform)).items():
+            version = self._version(uniform)
+            calls, found = self._calls(version), conversions(version.model.module)
+            priced += timed_conversions(version.model.module, calls)
+            for layer, us in layer_us(calls, self._ground.layers, found).items():
                 if precision == FLOAT or layer in uniform:
                     nodes[layer][precision] = us
         roofline, problem = of_this_machine(self._context.target, threads=self._context.threads)
@@ -189,7 +199,8 @@ class _Oracle:
         borders = []
         for edge in graph.edges:
             moved = round(CONVERTED_BYTES * edge.elements)
-            us = moved / roofline.level(moved).bytes_per_second * 1e6
+            least = moved / roofline.level(moved).bytes_per_second * 1e6
+            us = conversion_us(edge.elements, priced, least=least)
             borders.append(Border(left=edge.left, right=edge.right, us=us))
         return Clock(nodes=nodes, borders=tuple(borders))
 
@@ -238,10 +249,6 @@ class _Oracle:
         return call_times(
             found.runner, self._trials.sample, found.assembled.lowered, seconds=TIMING_S
         )
-
-    def _layer_us(self, found: Version) -> dict[str, float]:
-        calls = self._calls(found)
-        return layer_us(calls, self._ground.layers, conversions(found.model.module))
 
     # ---------------------------------------------------------------- result
 

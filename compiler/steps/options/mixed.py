@@ -28,7 +28,8 @@ class MixedStep(Int8Options):
     )
     seconds: Seconds | None = Field(
         default=None,
-        description="ends the search with the best found so far; the next build goes on",
+        description="for calibration and search, which then ends with the best found so far; the "
+        "next build goes on",
     )
 
     @model_validator(mode="after")
