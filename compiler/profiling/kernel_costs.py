@@ -13,12 +13,20 @@ from tvm.s_tir import SBlock
 from hone.importing.layer_names import PART
 from hone.model import Model
 from hone.passes.lower.fuse_operators import kernel_layers
+from hone.targets.half_dot import BFLOAT16
+from hone.targets.schedule.tiles import TILE_PRODUCT
+from hone.targets.tile_product import TileProduct
 
 from .layer_costs import layer_costs
 from .operations import Work, iterations, work_of
 
 # Blocks of multiply-adds over output tiles that are rounded up; see `hone.targets.schedule.cpu`.
-ROUNDED_BLOCKS = ("conv_acc", "mm_acc", "bmm_acc", "qconv_acc", "qmm_acc")
+ROUNDED_BLOCKS = (
+    *("conv_acc", "mm_acc", "bmm_acc", "qconv_acc", "qmm_acc"),
+    *("tile_acc", "matrix_acc"),
+)
+# What products of tiles work on; widening their bits is no operation, the instruction does it.
+_TILE_DTYPES = {TileProduct.TDPBUSD: "int8", TileProduct.TDPBF16PS: BFLOAT16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +108,7 @@ def _cost(func: tirx.PrimFunc, *, most_macs: int) -> KernelCost:
     ]
     total = Work()
     for block in blocks:
-        work, done = work_of(block.body), iterations(block)
+        work, done = _work_of(block), iterations(block)
         if str(block.name_hint).startswith(ROUNDED_BLOCKS):
             useful = _share_read(block, blocks)
             if most_macs and work.products:
@@ -115,6 +123,14 @@ def _cost(func: tirx.PrimFunc, *, most_macs: int) -> KernelCost:
         ),
         dtype=total.dtype,
     )
+
+
+def _work_of(block: SBlock) -> Work:
+    """Return the operations of one iteration of a block."""
+    product = block.annotations.get(TILE_PRODUCT)
+    if product is None:
+        return work_of(block.body)
+    return Work(by_dtype=Counter({_TILE_DTYPES[TileProduct(str(product))]: 2}), products=1)
 
 
 def _elements(buffer: tirx.Buffer) -> int:

@@ -9,10 +9,13 @@ from onnx import TensorProto, helper, numpy_helper
 from hone import pipeline
 from hone.importer import load
 from hone.profiling.kernel_costs import kernel_costs
+from hone.steps import half
+from hone.steps.candidate import Context
+from hone.steps.options.half import Bf16Step
 from hone.targets.target import resolve
 
 
-def costs_of(node, inputs, outputs, weights, *, target="x86-64-v3"):
+def model_of(node, inputs, outputs, weights):
     graph = helper.make_graph(
         [node],
         "g",
@@ -20,7 +23,11 @@ def costs_of(node, inputs, outputs, weights, *, target="x86-64-v3"):
         [helper.make_tensor_value_info(*value) for value in outputs],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
-    model = load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def costs_of(node, inputs, outputs, weights, *, target="x86-64-v3"):
+    model = load(model_of(node, inputs, outputs, weights))
     lowered = pipeline.lower(model.module, resolve(target), threads=2)
     return kernel_costs(lowered, model)
 
@@ -42,6 +49,20 @@ def test_convolution_counts_its_multiply_adds_when_channels_are_rounded():
     costs = costs_of(node, [x], [y], {"w": np.ones((11, 3, 2, 2), np.float32)})
     convolution = max(costs.values(), key=lambda cost: cost.operations)
     assert convolution.operations == 2 * 11 * 8 * 8 * 3 * 2 * 2
+
+
+def test_products_of_tiles_are_the_layers_own_when_widening_and_rounding_are_written_out():
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "conv", pads=[1, 1, 1, 1])
+    x, y = ("x", TensorProto.FLOAT, [1, 30, 13, 11]), ("y", TensorProto.FLOAT, [1, 70, 13, 11])
+    weights = {"w": np.ones((70, 30, 3, 3), np.float32)}
+    target = resolve("sapphirerapids")
+    model = load(model_of(node, [x], [y], weights))
+    context = Context(target=target, threads=2, calibration=None)
+    model = half.propose(model, Bf16Step(kind="bf16"), context).model
+    costs = kernel_costs(pipeline.lower(model.module, target, threads=2), model)
+    convolution = max(costs.values(), key=lambda cost: cost.operations)
+    assert convolution.dtype == "bfloat16"
+    assert convolution.operations == 2 * 70 * 13 * 11 * 30 * 3 * 3
 
 
 def test_gather_touches_the_rows_that_it_reads():
