@@ -176,7 +176,7 @@ def _model_of(package: Package, *, near: Path) -> Model | None:
     for path in _onnx_files(near):
         try:
             found = onnx_file.read(path).sha256 == wanted
-        except ModelError:
+        except (ModelError, UsageError):
             continue  # whatever it is, it is not the model that the package was made of
         if found:
             return importer.load(path, shapes)

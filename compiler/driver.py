@@ -17,11 +17,12 @@ from hone.passes.quantize.quantize_int8 import Quantization
 from hone.targets import features
 from hone.targets.target import Target, resolve
 
-from . import parity, pipeline, runtime
+from . import half_parity, parity, pipeline, runtime
 from .activations import activation_bytes
 from .data import Dataset
 from .database import Database
 from .errors import LockedError, ToolchainError, UsageError
+from .half_parity import check_half
 from .importing.boundary import unpackable
 from .importing.graph import raise_problems
 from .kernel_table import converting_kernels, kernel_table
@@ -335,9 +336,11 @@ def compile(
         else:
             fp32 = assemble(unchanged, target=resolve("host"), threads=threads).package
             run = runtime.load(fp32).run
-        checked = str(parity.check(unchanged, run, threads=threads))
         twin = "" if runs_here(resolved) else ", by its twin for this machine"
-        progress.log(checked + twin)
+        progress.log(f"{parity.check(unchanged, run, threads=threads)}{twin}")
+        if precision in half_parity.DTYPES:
+            rounded = check_half(unchanged, runner.run, precision=precision, threads=threads)
+            progress.log(f"{precision}: {rounded}{twin}")
     return assembled.package.with_evidence(
         golden=golden_samples(model, runner),
         recipe={"precision": assembled.package.manifest.precision, "tuned": records is not None},

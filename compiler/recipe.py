@@ -262,7 +262,8 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe
             hint="see `hone build --help` for the smallest recipe",
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"this is not valid TOML: {error}", where=str(path)) from error
+        hint = "`hone compile` takes a model" if path.suffix == ".onnx" else None
+        raise UsageError(f"this is not valid TOML: {error}", where=str(path), hint=hint) from error
     for key, value in (overrides or {}).items():
         *tables, last = key.split(".")
         table = data

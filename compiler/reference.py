@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,16 @@ _PROTO_LIMIT_BYTES: Final = (1 << 31) - (1 << 20)
 """Protobuf serializes less than 2 GiB; larger models go through a file with external data."""
 
 _ACCURACY: Final = "accuracy_level"
+
+_NOISE: Final = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : "
+    r"|Exception during initialization: "
+    r"|Non-zero status code returned while |Name:'' Status Message: "
+    # a place in the source and the function there, as the compiler writes its signature
+    r"|\S+\.(?:cc|cpp|h|cuh):\d+ (?:[\w:<>~ ]+\([^()]*\)(?: const)?(?: \[with [^\]]*\])? |\w+ )?"
+    r"|\S+ (?:==|!=|<=?|>=?) \S+ was false\. "
+)
+"""What onnxruntime's messages say to those who write onnxruntime."""
 
 
 class NotCheckedError(Exception):
@@ -130,6 +141,6 @@ def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPro
 
 
 def _reason(error: Exception) -> str:
-    """Return onnxruntime's own words, without its codes."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return "onnxruntime cannot run it: " + text.rpartition(" : ")[2]
+    """Return onnxruntime's own words, without its codes and the places in its source."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "onnxruntime cannot run it: " + _NOISE.sub("", text)

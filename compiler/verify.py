@@ -118,7 +118,10 @@ def verify(
             where=where,
             hint="rebuild it with `hone compile`.",
         )
-    runner = load(package, threads)
+    try:
+        runner = load(package, threads)
+    except PackageError as error:
+        raise PackageError(error.message, where=error.where or where, hint=error.hint) from error
     results = [runner.run(sample.inputs) for sample in golden]
     checks = []
     for spec in package.signature.outputs:

@@ -113,7 +113,15 @@ def _open(database: Path | None, target: str, threads: int) -> Database:
     from hone.database import Database
     from hone.targets.target import resolve
 
-    return Database(database or options.DATABASE, resolve(target), threads=threads)
+    folder = database or options.DATABASE
+    resolved = resolve(target)
+    if not folder.is_dir():
+        raise UsageError(
+            "there is no tuning database",
+            where=str(folder),
+            hint="`hone tune` makes one, --database says where it is",
+        )
+    return Database(folder, resolved, threads=threads)
 
 
 def _show_entries(entries: tuple[Entry, ...]) -> None:

@@ -55,7 +55,7 @@ def show(name: str, as_json: bool) -> None:
     output.pairs(
         (key, " ".join(value) if isinstance(value, list) else value)
         for key, value in facts.items()
-        if key != "sources"
+        if key != "sources" and value not in (None, [])
     )
     for source in facts["sources"]:
         click.echo(f"source: {source}")

@@ -10,7 +10,7 @@ from typing import Final
 import onnx
 from google.protobuf.message import DecodeError
 
-from hone.errors import ModelError
+from hone.errors import ModelError, UsageError
 
 OLDEST_OPSET: Final = 9
 """Opset 9 is ONNX 1.4 of January 2019; older ones differ in too many operators."""
@@ -64,9 +64,11 @@ def read(model: str | Path | onnx.ModelProto) -> OnnxFile:
 
     Raises
     ------
+    UsageError
+        There is no such file, or it cannot be read (exit 2).
     ModelError
-        There is no such file, it is not ONNX, it is truncated, its external data are missing or
-        lie outside of its folder, or its opset is not between 9 and that of the installed onnx.
+        It is not ONNX, it is truncated, its external data are missing or lie outside of its folder,
+        or its opset is not between 9 and that of the installed onnx.
     """
     if isinstance(model, onnx.ModelProto):
         proto = onnx.ModelProto()
@@ -93,20 +95,20 @@ def read(model: str | Path | onnx.ModelProto) -> OnnxFile:
 
 def _read_bytes(path: Path) -> bytes:
     if path.is_fifo():  # it might be waited for without end
-        raise ModelError("this is a pipe, required is an ONNX file", where=str(path))
+        raise UsageError("this is a pipe, required is an ONNX file", where=str(path))
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise ModelError("there is no such file", where=str(path)) from None
+        raise UsageError("there is no such file", where=str(path)) from None
     except IsADirectoryError:
         found = sorted(p.name for p in path.glob("*.onnx"))
-        raise ModelError(
+        raise UsageError(
             "this is a folder, required is an ONNX file",
             where=str(path),
             hint=f"it holds {', '.join(found[:5])}" if found else None,
         ) from None
     except OSError as error:
-        raise ModelError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
 def _parse(data: bytes, where: str) -> onnx.ModelProto:

@@ -15,7 +15,7 @@ from hone.importing.onnx_file import read
 from hone.importing.ranges import float_types, index_bounds
 from hone.importing.reader import read_graph
 from hone.model import Model
-from hone.reference import NotCheckedError, reference
+from hone.reference import NotCheckedError, _reason, reference
 
 F32 = TensorProto.FLOAT
 I64 = TensorProto.INT64
@@ -307,6 +307,30 @@ def test_check_uses_the_tolerance_that_is_given():
 
 
 # ---------------------------------------------------------------- not checked
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /src/upsample.h:314 "
+            "onnxruntime::UpsampleBase::UpsampleBase(const KernelInfoType&) [with KernelInfoType = "
+            "onnxruntime::OpKernelInfo] [ONNXRuntimeError] : 1 : FAIL : upsample.h:579 "
+            "ScalesValidation 'Cubic' mode only supports:\n  * 2-D inputs",
+            "'Cubic' mode only supports: * 2-D inputs",
+        ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape "
+            "node. Name:'' Status Message: /src/core/reshape_helper.h:91 onnxruntime::ReshapeHelper"
+            "::ReshapeHelper(const onnxruntime::TensorShape&, bool) a == b was false. "
+            "The input tensor cannot be reshaped. Input shape:{3}\n",
+            "running Reshape node. The input tensor cannot be reshaped. Input shape:{3}",
+        ),
+        ("Required inputs (['x']) are missing.", "Required inputs (['x']) are missing."),
+    ],
+)
+def test_reason_leaves_out_codes_and_places_in_onnxruntimes_source(said: str, kept: str) -> None:
+    assert _reason(RuntimeError(said)) == f"onnxruntime cannot run it: {kept}"
 
 
 def test_a_model_is_not_checked_when_onnxruntime_lacks_its_types():

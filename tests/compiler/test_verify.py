@@ -3,6 +3,7 @@ import pytest
 
 from hone.errors import AccuracyError, PackageError
 from hone.packaging.golden import Golden
+from hone.targets import features
 from hone.verify import OutputCheck, relative_error, verify
 
 
@@ -163,3 +164,15 @@ def test_relative_error_takes_zero_dimensional_arrays():
 )
 def test_check_passes_only_when_the_error_is_within_the_tolerance(error, passed):
     assert OutputCheck(name="y", error=error, tolerance=0.1).passed is passed
+
+
+def test_error_names_the_file_when_the_package_is_for_another_machine(tiny, tmp_path):
+    here = features.machine()
+    other = {"x86_64": "aarch64", "aarch64": "x86_64"}[here]
+    path = tmp_path / "board.hone"
+    tiny.package(target=tiny.target(arch=other, name="board")).save(path)
+    with pytest.raises(PackageError) as caught:
+        verify(path)
+    assert str(caught.value).startswith(
+        f"{path}: the package was built for {other} (target board); this machine is {here}."
+    )

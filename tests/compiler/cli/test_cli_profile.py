@@ -92,7 +92,7 @@ def test_refuses_shapes_of_a_package(run, package_file):
     assert "the shapes of a package are fixed" in shown.err
 
 
-@pytest.mark.parametrize(("name", "code"), [("no.onnx", 3), ("no.hone", 2)])
-def test_missing_file_is_an_error(run, tmp_path, name, code):
+@pytest.mark.parametrize("name", ["no.onnx", "no.hone"])
+def test_missing_file_is_an_error(run, tmp_path, name):
     shown = run("profile", tmp_path / name)
-    assert (shown.code, shown.out) == (code, "")
+    assert (shown.code, shown.out) == (2, "")

@@ -109,10 +109,10 @@ class TestInspect:
         assert shown.code == 2
         assert "the shapes of a package are fixed" in shown.err
 
-    @pytest.mark.parametrize(("name", "code"), [("no.onnx", 3), ("no.hone", 2)])
-    def test_missing_file_is_an_error_without_a_traceback(self, run, tmp_path, name, code):
+    @pytest.mark.parametrize("name", ["no.onnx", "no.hone"])
+    def test_missing_file_is_an_error_without_a_traceback(self, run, tmp_path, name):
         shown = run("inspect", tmp_path / name)
-        assert (shown.code, shown.out) == (code, "")
+        assert (shown.code, shown.out) == (2, "")
         assert shown.err.startswith(f"error: {tmp_path / name}")
 
 
@@ -463,6 +463,10 @@ class TestTarget:
         assert "source: " in shown.out
         assert run("target", "show", "rpi4", "--json").data["name"] == "rpi4"
 
+    def test_show_leaves_out_what_there_is_not(self, run):
+        rows = [line.split() for line in run("target", "show", "host").out.splitlines()]
+        assert all(len(row) > 1 and row[1] != "None" for row in rows)
+
     def test_show_names_the_nearest_when_unknown(self, run):
         shown = run("target", "show", "rpi44")
         assert (shown.code, shown.out) == (2, "")
@@ -474,6 +478,15 @@ class TestDb:
         data = run("db", "stats", "--database", tmp_path, "--target", "rpi4", "--json").data
         assert (data["records"], data["kernels"], data["entries"]) == (0, 0, [])
         assert "records" in run("db", "stats", "--database", tmp_path, "--target", "rpi4").out
+
+    @pytest.mark.parametrize("verb", ["stats", "show"])
+    def test_folder_that_does_not_exist_is_an_error(self, run, tmp_path, verb):
+        shown = run("db", verb, "--database", tmp_path / "no")
+        assert (shown.code, shown.out) == (2, "")
+        assert shown.err == (
+            f"error: {tmp_path / 'no'}: there is no tuning database\n"
+            "  hint: `hone tune` makes one, --database says where it is\n"
+        )
 
 
 class TestDbShow:
