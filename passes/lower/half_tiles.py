@@ -30,10 +30,12 @@ from .winograd import winograd_cycles_of
 PRODUCT = TileProduct.TDPBF16PS
 
 
+def _has_tiles(machine: Machine) -> bool:
+    return machine.half_dot == HalfDot.TDPBF16PS
+
+
 def _choose(machine: Machine, work: TileWork, other: float = math.inf) -> TilePlan | None:
     """Return the tiles of a layer, or None where vectors or ``other`` cycles are fewer."""
-    if machine.half_dot != HalfDot.TDPBF16PS:
-        return None
     vectors = vector_cycles(work, HalfDot.TDPBF16PS.vector, machine.lanes)
     return choose_plan(machine, work, min(vectors, other))
 
@@ -154,6 +156,8 @@ def lower_conv2d(
     compact : bool
         Winograd is no alternative.
     """
+    if not _has_tiles(machine):
+        return None
     channels, taps_h = weight.shape[:2]
     winograd = math.inf
     if not compact:
@@ -184,6 +188,8 @@ def lower_dense(
     weight: np.ndarray,
 ) -> relax.Expr | None:
     """Return ``[..., M, C] x [C, K]`` in tiles as `lower_conv2d` does."""
+    if not _has_tiles(machine):
+        return None
     *outer, depth = (int(extent) for extent in data.ty.shape)
     rows, channels = math.prod(outer), weight.shape[1]
     plan = _choose(machine, tile_sums.dense_work(rows, depth, channels, PRODUCT))
