@@ -9,13 +9,14 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-# Starting a parallel region costs about 2 us, in which one core does some 2**17 multiply-adds of
-# whole vectors or 2**14 steps that touch memory; below twice that a second thread never pays.
-MIN_PARALLEL_MULTIPLY_ADDS = 1 << 18
-MIN_PARALLEL_STEPS = 1 << 15
+# Starting a parallel region on a package's own threads costs about 0.5 us, in which one core does
+# some 2**15 multiply-adds of whole vectors or 2**12 steps that touch memory; below twice that a
+# second thread never pays (measured on five networks, docs/performance.md).
+MIN_PARALLEL_MULTIPLY_ADDS = 1 << 16
+MIN_PARALLEL_STEPS = 1 << 13
 
-# The same in cycles of arithmetic, for bodies from a copy to an exponential: two starts of 2 us.
-MIN_PARALLEL_CYCLES = 1 << 14
+# The same in cycles of arithmetic, for bodies from a copy to an exponential: two starts of 0.5 us.
+MIN_PARALLEL_CYCLES = 1 << 12
 # Vector operations that issue in each cycle on the cores in the tables.
 OPERATIONS_PER_CYCLE = 2
 

@@ -39,6 +39,8 @@ from .machine import (
 # Up to this many groups their loop is unrolled; beyond, LLVM moves loads so far ahead that sums are
 # spilled (6 groups of 28 sums: 204 us instead of 142).
 UNROLLED_GROUPS = 4
+# One instruction does four times as many products of bytes as of floats.
+MIN_PARALLEL_PRODUCTS = 4 * MIN_PARALLEL_MULTIPLY_ADDS
 # Registers of the widened form beside those of a float kernel: two halves of a weight vector in
 # place of one, two of the levels, and a product that waits for its addition.
 WIDENED_REGISTERS = 4
@@ -166,7 +168,7 @@ def schedule_dot_conv2d(
     if padding is not None:
         copy_padding(schedule, machine, padding, tasks)
     work = batch * height * width * channels * taps_h * taps_w * groups
-    parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
+    parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_PRODUCTS)
     for loop in (h_inner, w_inner, k_vector):
         schedule.unroll(loop)
     if groups <= UNROLLED_GROUPS:
@@ -223,7 +225,7 @@ def schedule_dot_dense(
     if padding is not None:
         copy_padding(schedule, machine, padding, tasks)
     work = rows * channels * groups
-    parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
+    parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_PRODUCTS)
     for loop in (m_inner, k_vector):
         schedule.unroll(loop)
     start_sums(schedule, anchor, group, outer_loops=3)
