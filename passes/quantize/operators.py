@@ -98,10 +98,10 @@ def conv2d_int8(
     """
     return _call(
         "hone.conv2d_int8",
-        _optional(
+        _with_optional(
             [data, weight, bias, multiplier, levels],
-            (residual, residual_multiplier, "a residual and its multiplier"),
-            (weight_offsets, window_sums, "offsets of the weights and the sums that they multiply"),
+            residual=(residual, residual_multiplier),
+            offsets=(weight_offsets, window_sums),
         ),
         offsets=weight_offsets is not None,
         strides=[int(x) for x in strides],
@@ -150,10 +150,10 @@ def dense_int8(
     """
     return _call(
         "hone.dense_int8",
-        _optional(
+        _with_optional(
             [data, weight, bias, multiplier, levels],
-            (residual, residual_multiplier, "a residual and its multiplier"),
-            (weight_offsets, window_sums, "offsets of the weights and the sums that they multiply"),
+            residual=(residual, residual_multiplier),
+            offsets=(weight_offsets, window_sums),
         ),
         offsets=weight_offsets is not None,
         out_dtype=out_dtype,
@@ -180,7 +180,7 @@ def window_sums(
     padding: Sequence[int] = (0, 0, 0, 0),
     dilation: Sequence[int] = (1, 1),
 ) -> relax.Call:
-    """Sum of `row_sums` under each position of a window, int32.
+    """Sum of `row_sums` under each position of a window, int32 ``[N, OH, OW, 1]``.
 
     Parameters
     ----------
@@ -188,15 +188,8 @@ def window_sums(
         int32 ``[N, H, W, 1]``.
     border : relax.Expr
         int32 ``[1]``, what stands in the padding: the data's zero point times its channels.
-    taps, strides, dilation : sequence of int
-        ``(height, width)``.
-    padding : sequence of int
-        ``(top, left, bottom, right)``.
-
-    Returns
-    -------
-    relax.Call
-        int32 ``[N, OH, OW, 1]``.
+    taps, strides, padding, dilation : sequence of int
+        ``(height, width)``, padding as in `conv2d_int8`.
     """
     return _call(
         "hone.window_sums",
@@ -248,10 +241,8 @@ def multiply_int8(
         Levels of one rank; axes of extent 1 are repeated.
     multiplier : relax.Expr
         float32 ``[1]``: ``scale_left × scale_right / scale_output``.
-    levels : relax.Expr
-        int32 ``[5]``: left and right zero point, output zero point, lowest, highest level.
-    out_dtype : str
-        ``uint8`` or ``int8``.
+    levels, out_dtype
+        As for `add_int8`.
     """
     return _call("hone.multiply_int8", [left, right, multiplier, levels], out_dtype=out_dtype)
 
@@ -290,10 +281,8 @@ def avg_pool2d_int8(
         float32 ``[1]``: ``scale_data / (scale_output × pool height × pool width)``.
     levels : relax.Expr
         int32 ``[4]``: data zero point, output zero point, lowest, highest level.
-    pool_size, strides, dilation : sequence of int
-        ``(height, width)``.
-    padding : sequence of int
-        ``(top, left, bottom, right)``.
+    pool_size, strides, padding, dilation : sequence of int
+        ``(height, width)``, padding as in `conv2d_int8`.
     out_dtype : str
         ``uint8`` or ``int8``.
     """
@@ -379,14 +368,20 @@ def dequantize(data: relax.Expr, scale: relax.Expr, zero_point: relax.Expr) -> r
     return _call("hone.dequantize", [data, scale, zero_point])
 
 
-def _optional(
-    arguments: list[relax.Expr], *pairs: tuple[relax.Expr | None, relax.Expr | None, str]
+def _with_optional(
+    arguments: list[relax.Expr],
+    *,
+    residual: Sequence[relax.Expr | None],
+    offsets: Sequence[relax.Expr | None],
 ) -> list[relax.Expr]:
-    for first, second, what in pairs:
-        if first is not None and second is not None:
-            arguments = [*arguments, first, second]
-        elif first is not None or second is not None:
+    for what, pair in (
+        ("a residual and its multiplier", residual),
+        ("offsets of the weights and the sums that they multiply", offsets),
+    ):
+        given = [each for each in pair if each is not None]
+        if len(given) == 1:
             raise ModelError(f"{what} come together or not at all")
+        arguments = [*arguments, *given]
     return arguments
 
 

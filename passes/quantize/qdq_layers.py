@@ -18,11 +18,12 @@ from tvm.ir import GenericConst, Op
 from hone.passes.graph.dataflow import Dataflow, shape_of
 
 from .convolution_form import Form, form_of
-from .integer_layer import IntegerLayer, weighted_layers
+from .integer_layer import INT32_MAX, IntegerLayer, weighted_layers
 from .levels import Levels
 from .qdq_reader import constant_of, weight_of
 from .site import Kind
 from .type_inference import LEVEL_TYPES
+from .weight_offsets import largest_sums
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +56,8 @@ class QdqSite:
         Bounds of the activation.
     output : relax.Var or None
         The quantization at the end; None for a float result.
+    zero_point : relax.Expr or None
+        int32 ``[]``, of the data, where only the run tells it: dynamic quantization.
     """
 
     kind: Kind
@@ -70,6 +73,7 @@ class QdqSite:
     low: float = -math.inf
     high: float = math.inf
     output: relax.Var | None = None
+    zero_point: relax.Expr | None = None
 
     def as_float(self) -> QdqSite:
         """Return the site without what follows its bias."""
@@ -123,6 +127,38 @@ def start(graph: Dataflow, var: relax.Var, call: relax.Call) -> QdqSite | str | 
         weight_scale=scale,
         bias=np.zeros(levels.shape[0]),
     )
+
+
+def dynamic(graph: Dataflow, site: QdqSite) -> QdqSite | None:
+    """Return a site whose data has a zero point that only the run tells; None for another one.
+
+    Its result is the sum's real value, by the scale of the data, which is a constant: what
+    ``MatMulInteger`` and ``ConvInteger`` behind ``DynamicQuantizeLinear`` become on import.
+    """
+    call = graph.call(graph.resolve(site.data))
+    if call is None or call.op != _DEQUANTIZE or not isinstance(call.args[0], relax.Var):
+        return None
+    if str(call.args[0].ty.dtype) not in LEVEL_TYPES or not isinstance(call.args[2], relax.Var):
+        return None
+    if not isinstance(call.args[1], GenericConst):
+        return None
+    return replace(site, zero_point=call.args[2])
+
+
+def dynamic_constants(graph: Dataflow, site: QdqSite) -> tuple[IntegerLayer, ...] | str:
+    """Compute the constants of a `dynamic` site, as if the zero point were 0."""
+    scale = graph.definition[graph.resolve(site.data)].args[1].value.numpy()
+    layers = constants(site, Levels(scale=float(scale), zero_point=0), None, None)
+    if isinstance(layers, str):
+        return layers
+    for layer in layers:
+        if layer.weight is None or layer.bias is None:
+            raise ValueError("a layer without weights")
+        largest = largest_sums(layer.weight, layer.bias, layer.weight_offsets).max()
+        # The zero point takes at most as much off again.
+        if 2 * largest > INT32_MAX:
+            return f"its sums could reach {2 * largest:.3g}, which int32 cannot hold"
+    return layers
 
 
 def add_bias(graph: Dataflow, site: QdqSite, var: relax.Var, call: relax.Call) -> QdqSite | None:
@@ -193,6 +229,7 @@ _OTHER = tuple(
     Op.get(f"relax.nn.{name}")
     for name in ("conv1d", "conv3d", "conv1d_transpose", "conv3d_transpose")
 )
+_DEQUANTIZE = Op.get("hone.dequantize")
 _ADD = Op.get("relax.add")
 _RELU = Op.get("relax.nn.relu")
 _CLIP = Op.get("relax.clip")

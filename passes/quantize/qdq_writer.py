@@ -17,21 +17,24 @@ from tvm.ir import Op
 from hone.passes.graph.dataflow import PART, Dataflow, Rebuilder, layer_of, shape_of, variables
 
 from . import operators
-from .arithmetic import FIXED_LIMIT, GUARD_BITS
-from .integer_layer import INT32_MAX, IntegerLayer, rescaling
-from .integer_writer import rescale
+from .integer_layer import IntegerLayer
 from .level_layouts import Layout, LevelLayouts, LevelTensor, change_layout
 from .level_moves import LevelMoves
-from .level_tables import LevelFunction, level_function, table_of
 from .levels import Levels
-from .qdq_layers import QdqSite, add_bias, bounds_of, constants, start
-from .qdq_reader import levels_of_dequantize, levels_of_quantize
+from .qdq_combinations import LevelCombinations
+from .qdq_layers import (
+    QdqSite,
+    add_bias,
+    bounds_of,
+    constants,
+    dynamic,
+    dynamic_constants,
+    start,
+)
+from .qdq_reader import SHIFT, levels_of_dequantize, levels_of_quantize
 from .quantize_int8 import QuantizedLayer
 from .site import Kind, Skipped
 from .weighted_writer import WeightedWriter
-
-_NHWC_AXIS = (0, 3, 1, 2)
-"""Where an axis of NCHW is in NHWC."""
 
 
 class QdqWriter:
@@ -56,13 +59,16 @@ class QdqWriter:
         self._rebuilder = Rebuilder(function)
         self._layouts = LevelLayouts(self._rebuilder)
         self._moves = LevelMoves(self._graph, self._rebuilder, self._layouts)
+        self._combinations = LevelCombinations(
+            self._graph, self._rebuilder, self._layouts, self._moves, self._source
+        )
         self._weighted = WeightedWriter(self._rebuilder.emit)
         self._same = _same_quantizations(self._graph)
         self._tensors: dict[relax.Var, LevelTensor] = {}
         self._stored: set[relax.Var] = set()
         self._sites: dict[relax.Var, QdqSite] = {}
         self._layers: dict[relax.Var, tuple[IntegerLayer, ...]] = {}
-        self.quantized: list[QuantizedLayer] = []
+        self.quantized = self._combinations.quantized
         self.skipped: list[Skipped] = []
 
     def write(self) -> relax.Function:
@@ -125,7 +131,9 @@ class QdqWriter:
         real, low, high = call.args[0], -math.inf, math.inf
         while (inner := self._graph.call(real)) is not None:
             if self._moves.has_levels(real):
-                return self._requantized(self._levels(real), output, low, high, layer_of(real))
+                return self._combinations.requantized(
+                    self._levels(real), output, low, high, layer_of(real)
+                )
             bounds = bounds_of(inner)
             if bounds is None:
                 break
@@ -133,171 +141,13 @@ class QdqWriter:
             low, high = (min(max(x, low), high) for x in bounds[1:])
             real = bounds[0]
         if inner is not None:
-            found = self._combined(real, inner, output, low, high)
+            found = self._combinations.combined(real, inner, output, low, high)
             if found is not None:
                 return found
         self._store(variables(call))
         levels = operators.quantize(self._rebuilder.use(call.args[0]), *_scalars(output))
         new = self._rebuilder.emit(levels, layer_of(var))
         return LevelTensor(var=new, layout=Layout.MODEL, levels=output)
-
-    def _requantized(
-        self, given: LevelTensor, output: Levels, low: float, high: float, name: str
-    ) -> LevelTensor:
-        """Return levels of another scale: the mean over an axis of extent 1, requantized."""
-        if given.levels == output:
-            return self._moves.clipped(given, low, high, name)
-        constants = rescaling(given.levels, output, (low, high))
-        new = rescale(self._rebuilder.emit, given.var, constants, f"{name}{PART}rescale")
-        return LevelTensor(var=new, layout=given.layout, levels=output)
-
-    def _combined(
-        self, var: relax.Var, call: relax.Call, output: Levels, low: float, high: float
-    ) -> LevelTensor | None:
-        """Return an addition, mean, average pooling or concatenation of levels; else None."""
-        if call.op == _CONCAT:
-            return self._concatenated(var, call, output, low, high)
-        function = level_function(self._graph, var, self._moves.is_moved)
-        if function is not None and self._moves.has_levels(function.source):
-            return self._looked_up(var, function, output, low, high)
-        if call.op == _ADD and shape_of(call.args[0]) == shape_of(call.args[1]):
-            return self._sum(var, call, output, low, high)
-        if call.op == _MULTIPLY:
-            return self._product(var, call, output, low, high)
-        if call.op not in (_MEAN, _AVG_POOL2D) or not self._moves.has_levels(call.args[0]):
-            return None
-        given = self._levels(call.args[0])
-        if call.op == _MEAN:
-            new, layout, kind = *self._mean(call, given, output, low, high), Kind.MEAN
-        elif not _averages_whole_windows(call):
-            return None
-        else:
-            new, layout, kind = *self._average(call, given, output, low, high), Kind.AVG_POOL2D
-        if new is None:
-            return None
-        result = self._rebuilder.emit(new, layer_of(var))
-        self._note(var, kind)
-        return LevelTensor(var=result, layout=layout, levels=output)
-
-    def _sum(
-        self, var: relax.Var, call: relax.Call, output: Levels, low: float, high: float
-    ) -> LevelTensor | None:
-        if not all(self._moves.has_levels(x) for x in call.args):
-            return None
-        left, right = (self._levels(x) for x in call.args)
-        scales = np.array([left.levels.scale, right.levels.scale])
-        fixed = scales / output.scale * (1 << GUARD_BITS)
-        if fixed.max() * 255 >= FIXED_LIMIT:
-            return None
-        layout = Layout.NHWC if Layout.NHWC in (left.layout, right.layout) else Layout.MODEL
-        points = [left.levels.zero_point, right.levels.zero_point]
-        new = self._rebuilder.emit(
-            operators.add_int8(
-                self._layouts.as_layout(left, layout),
-                self._layouts.as_layout(right, layout),
-                relax.const(fixed.astype(np.float32)),
-                relax.const(np.array([*points, *output.bounds(low, high)], np.int32)),
-            ),
-            layer_of(var),
-        )
-        self._note(var, Kind.ADD)
-        return LevelTensor(var=new, layout=layout, levels=output)
-
-    def _looked_up(
-        self, var: relax.Var, function: LevelFunction, output: Levels, low: float, high: float
-    ) -> LevelTensor:
-        given = self._levels(function.source)
-        table = table_of(function.apply, given.levels, output, (low, high))
-        new = self._rebuilder.emit(
-            operators.table_int8(given.var, relax.const(table)), layer_of(var)
-        )
-        layers = tuple(dict.fromkeys(layer_of(each) for each in function.inner))
-        self._note(var, Kind.TABLE, layers)
-        return LevelTensor(var=new, layout=given.layout, levels=output)
-
-    def _product(
-        self, var: relax.Var, call: relax.Call, output: Levels, low: float, high: float
-    ) -> LevelTensor | None:
-        if not all(self._moves.has_levels(x) for x in call.args):
-            return None
-        if len({len(shape_of(x)) for x in call.args}) > 1:
-            return None
-        left, right = (self._levels(x) for x in call.args)
-        layout = Layout.NHWC if Layout.NHWC in (left.layout, right.layout) else Layout.MODEL
-        points = [left.levels.zero_point, right.levels.zero_point]
-        new = self._rebuilder.emit(
-            operators.multiply_int8(
-                self._layouts.as_layout(left, layout),
-                self._layouts.as_layout(right, layout),
-                _multiplier(left.levels.scale * right.levels.scale / output.scale),
-                relax.const(np.array([*points, *output.bounds(low, high)], np.int32)),
-            ),
-            layer_of(var),
-        )
-        self._note(var, Kind.MULTIPLY)
-        return LevelTensor(var=new, layout=layout, levels=output)
-
-    def _concatenated(
-        self, var: relax.Var, call: relax.Call, output: Levels, low: float, high: float
-    ) -> LevelTensor | None:
-        fields = self._graph.resolve(call.args[0])
-        if not isinstance(fields, relax.Tuple):
-            return None
-        if not all(self._moves.has_levels(x) for x in fields.fields):
-            return None
-        name = layer_of(var)
-        parts = [
-            self._requantized(self._levels(x), output, -math.inf, math.inf, name)
-            for x in fields.fields
-        ]
-        rank = len(shape_of(call))
-        axis = int(call.attrs.axis) % rank
-        layout = Layout.NHWC if all(p.layout is Layout.NHWC for p in parts) else Layout.MODEL
-        tensors = [self._layouts.as_layout(p, layout) for p in parts]
-        where = _NHWC_AXIS[axis] if layout is Layout.NHWC else axis
-        new = self._rebuilder.emit(relax.op.concat(tensors, where), name)
-        joined = LevelTensor(var=new, layout=layout, levels=output)
-        return self._moves.clipped(joined, low, high, name)
-
-    def _mean(
-        self, call: relax.Call, given: LevelTensor, output: Levels, low: float, high: float
-    ) -> tuple[relax.Call | None, Layout]:
-        shape = shape_of(call.args[0])
-        axes = [int(a) % len(shape) for a in call.attrs.axis or range(len(shape))]
-        count = math.prod(shape[a] for a in axes)
-        if count * 255 > INT32_MAX:
-            return None, Layout.MODEL
-        layout = Layout.MODEL
-        if given.layout is Layout.NHWC and (call.attrs.keepdims or sorted(axes) == [2, 3]):
-            # Without the averaged axes nothing is left that the layouts order differently.
-            layout = Layout.NHWC if call.attrs.keepdims else Layout.MODEL
-            data, axes = given.var, [_NHWC_AXIS[a] for a in axes]
-        else:
-            data = self._layouts.as_layout(given, Layout.MODEL)
-        operator = operators.mean_int8(
-            data,
-            _multiplier(given.levels.scale / (output.scale * count)),
-            _levels_constant(given.levels, output, low, high),
-            axis=axes,
-            keepdims=call.attrs.keepdims,
-        )
-        return operator, layout
-
-    def _average(
-        self, call: relax.Call, given: LevelTensor, output: Levels, low: float, high: float
-    ) -> tuple[relax.Call, Layout]:
-        attrs = call.attrs
-        count = math.prod(int(x) for x in attrs.pool_size)
-        operator = operators.avg_pool2d_int8(
-            self._layouts.as_layout(given, Layout.NHWC),
-            _multiplier(given.levels.scale / (output.scale * count)),
-            _levels_constant(given.levels, output, low, high),
-            pool_size=attrs.pool_size,
-            strides=attrs.strides,
-            padding=attrs.padding,
-            dilation=attrs.dilation,
-        )
-        return operator, Layout.NHWC
 
     # ------------------------------------------------------------ convolutions and products
 
@@ -309,11 +159,22 @@ class QdqWriter:
                 continue
             found = start(self._graph, var, call)
             if isinstance(found, QdqSite) and not self._moves.has_levels(found.data):
-                found = "its input is not quantized by one constant scale"
-            if isinstance(found, QdqSite):
+                found = self._dynamic(found)
+            elif isinstance(found, QdqSite):
                 found = self._fitted(self._extended(found))
             if isinstance(found, str):
                 self.skipped.append(Skipped(layer=layer_of(var), reason=found))
+
+    def _dynamic(self, site: QdqSite) -> str | None:
+        """Keep a site whose zero point only the run tells; else say why not."""
+        found = dynamic(self._graph, site)
+        if found is None:
+            return "its input is not quantized by one constant scale"
+        layers = dynamic_constants(self._graph, found)
+        if isinstance(layers, str):
+            return layers
+        self._sites[site.chain[0]], self._layers[site.chain[0]] = found, layers
+        return None
 
     def _extended(self, site: QdqSite) -> QdqSite:
         """Absorb what follows a site up to its quantization."""
@@ -384,12 +245,12 @@ class QdqWriter:
 
     def _write_site(self, site: QdqSite, result: relax.Var) -> None:
         layout = Layout.MODEL if site.kind is Kind.DENSE else Layout.NHWC
-        data = self._layouts.as_layout(self._levels(site.data), layout)
+        data, zero_point = self._data(site, layout)
         residual = None
         if site.residual is not None:
             residual = self._layouts.as_layout(self._levels(site.residual), layout)
         dtype = "float32" if site.output is None else "uint8"
-        call = self._operator(site, self._layers[result], data, residual, dtype)
+        call = self._operator(site, self._layers[result], data, residual, dtype, zero_point)
         name = layer_of(site.chain[0])
         layers = tuple(dict.fromkeys(layer_of(var) for var in site.chain))
         self.quantized.append(
@@ -407,6 +268,18 @@ class QdqWriter:
             new = self._rebuilder.emit(call, f"{name}{PART}conv2d")
             self._rebuilder.bind(result, change_layout(new, Layout.MODEL))
 
+    def _data(self, site: QdqSite, layout: Layout) -> tuple[relax.Var, relax.Var | None]:
+        """Return the levels that a site reads, and their zero point where the run tells it."""
+        if site.zero_point is None:
+            return self._layouts.as_layout(self._levels(site.data), layout), None
+        call = self._graph.definition[self._graph.resolve(site.data)]
+        zero_point = self._rebuilder.use(site.zero_point)
+        if str(call.args[0].ty.dtype) == "int8":
+            name = f"{layer_of(site.chain[0])}{PART}zero_point"
+            moved = relax.op.add(zero_point, relax.const(SHIFT, "int32"))
+            zero_point = self._rebuilder.emit(moved, name)
+        return self._layouts.as_layout(self._source(call.args[0]), layout), zero_point
+
     def _operator(
         self,
         site: QdqSite,
@@ -414,18 +287,21 @@ class QdqWriter:
         data: relax.Var,
         residual: relax.Var | None,
         dtype: str,
+        zero_point: relax.Var | None,
     ) -> relax.Expr:
         name = layer_of(site.chain[0])
         if site.form is None:
-            return self._weighted.dense(layers[0], data, residual, layer=name, out_dtype=dtype)
+            return self._weighted.dense(
+                layers[0], data, residual, layer=name, out_dtype=dtype, zero_point=zero_point
+            )
         return self._weighted.convolution(
-            site.form, layers, data, residual, layer=name, out_dtype=dtype
-        )
-
-    def _note(self, var: relax.Var, kind: Kind, layers: tuple[str, ...] = ()) -> None:
-        name = layer_of(var)
-        self.quantized.append(
-            QuantizedLayer(layer=name, kind=kind, layers=layers or (name,), output="uint8")
+            site.form,
+            layers,
+            data,
+            residual,
+            layer=name,
+            out_dtype=dtype,
+            zero_point=zero_point,
         )
 
 
@@ -447,29 +323,8 @@ def _same_quantizations(graph: Dataflow) -> dict[relax.Var, relax.Var]:
     return same
 
 
-def _averages_whole_windows(call: relax.Call) -> bool:
-    attrs = call.attrs
-    uniform = bool(attrs.count_include_pad) or not any(int(p) for p in attrs.padding)
-    count = math.prod(int(x) for x in attrs.pool_size)
-    return (
-        str(attrs.layout) == "NCHW" and uniform and not attrs.ceil_mode and count * 255 <= INT32_MAX
-    )
-
-
-def _multiplier(value: float) -> relax.Expr:
-    return relax.const(np.array([value], np.float32))
-
-
-def _levels_constant(given: Levels, output: Levels, low: float, high: float) -> relax.Expr:
-    return relax.const(np.array([given.zero_point, *output.bounds(low, high)], np.int32))
-
-
 def _scalars(levels: Levels) -> tuple[relax.Expr, relax.Expr]:
     return relax.const(np.float32(levels.scale), "float32"), relax.const(levels.zero_point, "int32")
 
 
 _ADD = Op.get("relax.add")
-_CONCAT = Op.get("relax.concat")
-_MULTIPLY = Op.get("relax.multiply")
-_MEAN = Op.get("relax.mean")
-_AVG_POOL2D = Op.get("relax.nn.avg_pool2d")

@@ -545,15 +545,29 @@ def test_scale_known_at_run_time_and_scales_along_an_axis_stay_float():
     assert "one constant scale" in result.skipped[0].reason
 
 
+@pytest.mark.parametrize("zero", [0, 77, 200])
 @pytest.mark.parametrize("op", ["Conv", "MatMul"])
-def test_dynamically_quantized_layer_equals_onnxruntime(op):
+def test_dynamically_quantized_layer_is_integer(op, zero):
     net = Net()
-    x = net.input(*((1, 4, 6, 6) if op == "Conv" else (6, 40)))
+    x = net.input(*((1, 4, 6, 6) if op == "Conv" else (2, 6, 40)))
     name = f"dynamic{len(net.nodes)}"
     outputs = [f"{name}_{part}" for part in ("levels", "scale", "zero")]
     net.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], outputs, name=name))
     shape = (5, 4, 3, 3) if op == "Conv" else (40, 7)
-    w = net.const(net.rng.integers(-128, 128, shape), np.int8)
-    y = net.node(f"{op}Integer", outputs[0], w, outputs[2])
+    w = net.const(net.rng.integers(0, 256, shape), np.uint8)
+    attrs = {"pads": [1, 0, 1, 2]} if op == "Conv" else {}
+    points = [outputs[2], net.const(zero, np.uint8)]
+    y = net.node(f"{op}Integer", outputs[0], w, *points, **attrs)
     y = net.node("Mul", net.node("Cast", y, to=1), outputs[1])
-    check(net, y, level=1.0, share=0.02)
+    result = check(net, y, level=1.0, share=0.02)
+    assert kinds(result) == ["conv2d" if op == "Conv" else "dense"]
+    assert result.skipped == ()
+
+
+def test_levels_of_int8_with_a_zero_point_of_the_run_are_integer():
+    net = Net()
+    levels, point = net.input(1, 4, 6, 6, dtype="int8"), net.input(1, dtype="int8")
+    x = net.node("DequantizeLinear", levels, net.const([0.02], np.float32), point)
+    y = net.node("Conv", x, net.weight(5, 4, 3, 3), pads=[1, 1, 1, 1])
+    result = check(net, y, level=0.1)
+    assert kinds(result) == ["conv2d"]
