@@ -252,10 +252,8 @@ def table_int8(data: relax.Expr, table: relax.Expr) -> relax.Call:
 
     Parameters
     ----------
-    data : relax.Expr
-        uint8, any shape.
-    table : relax.Expr
-        uint8 ``[256]``.
+    data, table : relax.Expr
+        uint8: any shape, and ``[256]``.
     """
     return _call("hone.table_int8", [data, table])
 
