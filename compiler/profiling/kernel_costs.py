@@ -101,6 +101,11 @@ def _cost(func: tirx.PrimFunc, *, most_macs: int) -> KernelCost:
     most_macs : int
         Multiply-adds of its layers, which the rounded tile may exceed; 0 where none are known.
     """
+    if not isinstance(func.body, s_tir.SBlockRealize) or func.body.block.name_hint != "root":
+        # Loops that TVM wrote out, such as scans and sorts: only the arguments are known.
+        tensors = [parameter for parameter in func.params if _is_tensor(parameter)]
+        whole = tuple(_elements(tensor) * _itemsize(tensor) for tensor in tensors)
+        return KernelCost(operations=0, touched_bytes=whole, dtype=Work().dtype)
     schedule = s_tir.Schedule(tvm.IRModule({"main": func}))
     func = schedule.mod["main"]
     blocks = [
@@ -133,6 +138,10 @@ def _work_of(block: SBlock) -> Work:
     return Work(by_dtype=Counter({_TILE_DTYPES[TileProduct(str(product))]: 2}), products=1)
 
 
+def _itemsize(buffer: tirx.Buffer) -> int:
+    return int(tvm.runtime.DataType(str(buffer.dtype)).itemsize)
+
+
 def _elements(buffer: tirx.Buffer) -> int:
     return math.prod(int(extent) for extent in buffer.shape)
 
@@ -154,11 +163,10 @@ def _is_tensor(parameter: tirx.Var) -> bool:
 
 def _touched(parameter: tirx.Buffer, blocks: list[SBlock]) -> int:
     """Return the bytes of an argument that a kernel can touch with the iterations that it has."""
-    itemsize = int(tvm.runtime.DataType(str(parameter.dtype)).itemsize)
     accesses = sum(
         iterations(block)
         for block in blocks
         for region in (*block.reads, *block.writes)
         if region.source.same_as(parameter)
     )
-    return min(_elements(parameter), accesses) * itemsize
+    return min(_elements(parameter), accesses) * _itemsize(parameter)
