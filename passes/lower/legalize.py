@@ -27,7 +27,7 @@ from .half import is_half, legalize_astype
 from .half_conv2d import legalize_half_conv2d
 from .half_dense import legalize_half_matmul
 from .normalize import legalize_group_norm, legalize_layer_norm, legalize_softmax
-from .pool2d import legalize_max_pool2d
+from .pool2d import legalize_avg_pool2d, legalize_max_pool2d
 from .products import legalize_product
 from .reductions import STATISTICS, legalize_statistic
 from .weight_only import legalize_decode
@@ -95,6 +95,7 @@ class LegalizeForCPU:
             "relax.nn.attention": partial(legalize_attention, self._machine),
             "relax.nn.attention_bias": partial(legalize_attention, self._machine),
             "relax.nn.max_pool2d": legalize_max_pool2d,
+            "relax.nn.avg_pool2d": legalize_avg_pool2d,
             "relax.nn.softmax": partial(legalize_softmax, False, self._machine),
             "relax.nn.log_softmax": partial(legalize_softmax, True, self._machine),
             "relax.nn.layer_norm": partial(legalize_layer_norm, True, self._machine),
