@@ -13,6 +13,7 @@ from hone.passes.lower.tile_sums import conv2d_work, dense_work
 from hone.passes.lower.window import Window
 from hone.passes.quantize import operators
 from hone.passes.quantize.legalize import rules
+from hone.targets.half_dot import HalfDot
 from hone.targets.integer_dot import IntegerDot
 from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.tile_plan import TileWork, ranked_plans, tiles_pay, vector_cycles
@@ -23,7 +24,14 @@ from hone.targets.tile_product import FORMS, TILES, TileProduct
 L1_BYTES = 48 << 10
 
 
-def layer(size: int, channels: int, filters: int, taps: int, stride: int = 1) -> TileWork:
+def layer(
+    size: int,
+    channels: int,
+    filters: int,
+    taps: int,
+    stride: int = 1,
+    product: TileProduct = TileProduct.TDPBUSD,
+) -> TileWork:
     window = Window(
         shape=(1, size, size, channels),
         taps=(taps, taps),
@@ -31,7 +39,7 @@ def layer(size: int, channels: int, filters: int, taps: int, stride: int = 1) ->
         dilation=(1, 1),
         padding=(taps // 2,) * 4,
     )
-    return conv2d_work(window, filters, TileProduct.TDPBUSD)
+    return conv2d_work(window, filters, product)
 
 
 def test_worked_number_is_what_the_model_says() -> None:
@@ -41,6 +49,16 @@ def test_worked_number_is_what_the_model_says() -> None:
     assert (plan.steps, plan.pitch) == (3, 192)
     assert plan.cycles == 98 * 2 * (9 * 64 + 64 + 52) + 58 * 56 * 192 / 16 == 174_608
     assert vector_cycles(work, IntegerDot.VPDPBUSD, 16) == 903_168
+
+
+def test_bfloat16_takes_twice_the_steps_and_loads_that_bind_them() -> None:
+    work = layer(56, 64, 64, 3, product=TileProduct.TDPBF16PS)
+    plan = ranked_plans(work, L1_BYTES)[0]
+    assert plan.name == "16x16 2x2"
+    assert (plan.steps, plan.pitch) == (6, 192)
+    # 36 KiB of weights for a block are more than half of L1: four loads from L2 take 84 cycles.
+    assert plan.cycles == 98 * 2 * (18 * 84 + 64 + 52) + 58 * 56 * 384 / 16 == 397_040
+    assert vector_cycles(work, HalfDot.VDPBF16PS, 16) == 1_806_336
 
 
 @pytest.mark.parametrize("product", TileProduct)
