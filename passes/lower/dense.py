@@ -15,13 +15,15 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
-from hone.targets.schedule.machine import Machine, choose_tile
+from hone.targets.schedule.machine import FMA_LATENCY, FMA_PER_CYCLE, Machine, choose_tile
 
 from .anchors import ANCHOR, default_legalization, is_constant
 from .half import is_half, widen
 
 # With fewer rows than this in the last axis a register tile would be mostly empty.
 SHORT = 8
+# Below this depth adding the chains up costs as much as waiting for one.
+SHORT_DEPTH = 32
 
 
 def pack_dense_weight(weight: np.ndarray, tile: int) -> np.ndarray:
@@ -53,6 +55,52 @@ def dense(data: te.Tensor, weight: te.Tensor, *, channels: int, tile_rows: int) 
     if blocks * tile == channels and rounded == rows:
         return sums
     return te.compute((*outer, rows, channels), lambda *i: sums[i], name="mm_cut")
+
+
+def choose_chains(machine: Machine, *, rows: int, channels: int, depth: int) -> int:
+    """Choose how many chains of additions the sums of one row of few channels are cut into.
+
+    A sum waits `FMA_LATENCY` cycles for itself, in which ``FMA_LATENCY x FMA_PER_CYCLE`` others
+    could begin: 8 vectors of sums keep the units busy, of 10 channels there is one.
+
+    Returns
+    -------
+    int
+        1, 2, 4 or 8; more than 1 only for a single row that is one register tile.
+    """
+    vectors = -(-channels // machine.lanes)
+    chains = 1 << (max(FMA_LATENCY * FMA_PER_CYCLE // vectors, 1).bit_length() - 1)
+    return chains if rows == 1 and depth >= SHORT_DEPTH else 1
+
+
+def chained_row(data: te.Tensor, weight: te.Tensor, *, channels: int, chains: int) -> te.Tensor:
+    """Return ``[..., C] x packed [1, C, tk]`` of one row, as several sums that are added up.
+
+    Chain j takes every element ``chains i + j``. What is left of a depth that they do not divide is
+    added behind them.
+    """
+    *outer, depth = (int(extent) for extent in data.shape)
+    tile = int(weight.shape[-1])
+    zeros = [0] * len(outer)
+    c = te.reduce_axis((0, depth // chains), "c")
+
+    def term(at: tirx.Expr | int, k: tirx.Expr) -> tirx.Expr:
+        return data[(*zeros, at)] * widen(weight[0, at, k])
+
+    sums = te.compute(
+        (chains, tile), lambda j, k: te.sum(term(c * chains + j, k), axis=c), name="mmrow_acc"
+    )
+
+    def total(k: tirx.Var) -> tirx.Expr:
+        parts = [sums[j, k] for j in range(chains)]
+        while len(parts) > 1:
+            parts = [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)]
+        for at in range(depth // chains * chains, depth):
+            parts[0] = parts[0] + term(at, k)
+        return parts[0]
+
+    added = te.compute((tile,), total, name="mmrow_total")
+    return te.compute((*outer, channels), lambda *i: added[i[-1]], name="mmrow_out")
 
 
 def batch_matmul(left: te.Tensor, right: te.Tensor, *, tile_rows: int, lanes: int) -> te.Tensor:
@@ -125,12 +173,20 @@ def _packed(
     if flatten:
         rows = math.prod(left_shape[:-1])
     tile = choose_tile(machine, height=1, width=rows, channels=channels, depth=depth, taps=1)
-    packed = pack_dense_weight(weight.value.numpy(), tile.vectors * machine.lanes)
     data = call.args[0]
     if flatten:
         data = bb.emit(relax.op.reshape(data, (rows, depth)))
+    chains = choose_chains(machine, rows=rows, channels=channels, depth=depth)
+    if chains > 1:
+        packed = pack_dense_weight(
+            weight.value.numpy(), -(-channels // machine.lanes) * machine.lanes
+        )
+        make = partial(chained_row, channels=channels, chains=chains)
+    else:
+        packed = pack_dense_weight(weight.value.numpy(), tile.vectors * machine.lanes)
+        make = partial(dense, channels=channels, tile_rows=tile.columns)
     product = bb.call_te(
-        partial(dense, channels=channels, tile_rows=tile.columns),
+        make,
         data,
         relax.const(packed),
         primfunc_name_hint="dense",

@@ -23,6 +23,7 @@ from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
 from .matrix import schedule_matrices
 from .rows import schedule_columns, schedule_rows
+from .single_row import schedule_single_row
 from .tiles import schedule_tiles
 from .weight_only import schedule_weight_only_dense
 from .window import schedule_window
@@ -41,9 +42,9 @@ class Decision:
     kernel : str
         Name of the PrimFunc.
     rule : str
-        ``conv2d``, ``dense``, ``batch_matmul``, ``attention``, ``window``, ``bands``, ``winograd``,
-        ``rows``, ``columns``, ``weight_only``, ``tiles``, ``copies``, ``matrices``, ``generic``,
-        ``record`` or ``none``.
+        ``conv2d``, ``dense``, ``single_row``, ``batch_matmul``, ``attention``, ``window``,
+        ``bands``, ``winograd``, ``rows``, ``columns``, ``weight_only``, ``tiles``, ``copies``,
+        ``matrices``, ``generic``, ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
     """
@@ -60,6 +61,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("conv_acc", "conv2d"),
         ("dw_acc", "window"),
         ("mm_acc", "dense"),
+        ("mmrow_acc", "single_row"),
         ("wonly_acc", "weight_only"),
         ("wgroup_acc", "weight_only"),
         ("bmm_acc", "batch_matmul"),
@@ -91,6 +93,7 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "rows": schedule_rows,
         "columns": schedule_columns,
         "winograd": schedule_winograd,
+        "single_row": schedule_single_row,
         "weight_only": schedule_weight_only_dense,
     }
     if rule in whole:

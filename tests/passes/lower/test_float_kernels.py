@@ -120,7 +120,8 @@ def test_conv2d_equals_the_oracle_with_bias_residual_and_relu(
 @pytest.mark.parametrize(
     ("x", "k"),
     [((1, 7), 3), ((1, 64), 10), ((5, 33), 17), ((197, 24), 40), ((2, 37, 19), 23),
-     ((64, 1, 9), 16), ((1, 128, 96), 160), ((3, 701), 809)],
+     ((64, 1, 9), 16), ((1, 128, 96), 160), ((3, 701), 809), ((1, 517), 10), ((1, 1, 103), 37),
+     ((1, 36), 64)],
     ids=str,
 )  # fmt: skip
 def test_dense_equals_the_oracle_with_bias(
@@ -132,7 +133,9 @@ def test_dense_equals_the_oracle_with_bias(
     actual, rules = run_op(
         lambda v: relax.op.add(relax.op.matmul(v, relax.const(weight)), relax.const(bias)), data
     )
-    assert "dense" in rules
+    assert "dense" in rules or "single_row" in rules
+    # One row and few channels: several sums at once, of which 517 elements leave five over.
+    assert "single_row" in rules or x not in ((1, 64), (1, 517))
     np.testing.assert_allclose(actual, data.astype("float64") @ weight + bias, rtol=1e-4, atol=1e-4)
 
 
