@@ -10,10 +10,11 @@ from tvm.ir import Op
 # AnnotateTIROpPattern keeps an attribute that it finds.
 ANCHOR = {"op_pattern": 4}
 
-# What a convolution is, for passes that join kernels: a dense one whose register tiles divide its
-# result, with float32 data, or a depthwise one.
+# What a convolution is, for passes that join kernels: a 1x1 of float32 data that needs no stage in
+# front of its sum (no padding, no step) and none behind it (register tiles divide its result), or
+# a depthwise one.
 ROLE = "hone.role"
-DENSE = "dense"
+POINTWISE = "pointwise"
 DEPTHWISE = "depthwise"
 
 NCHW_TO_NHWC = [0, 2, 3, 1]

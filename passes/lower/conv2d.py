@@ -21,8 +21,8 @@ from hone.targets.schedule.machine import Machine, choose_tile
 
 from .anchors import (
     ANCHOR,
-    DENSE,
     DEPTHWISE,
+    POINTWISE,
     ROLE,
     default_legalization,
     through_layout_change,
@@ -299,7 +299,13 @@ def legalize_conv2d(
         )
         pack = tile.vectors * machine.lanes
         data, channels_first = through_layout_change(bb, data)
-        whole = channels % pack == 0 and width % tile.columns == 0 and not is_half(data)
+        pointwise = (
+            window.is_pointwise
+            and channels % pack == 0
+            and width % tile.columns == 0
+            and not channels_first
+            and not is_half(data)
+        )
         return bb.call_te(
             partial(
                 conv2d,
@@ -311,7 +317,7 @@ def legalize_conv2d(
             data,
             relax.const(pack_conv2d_weight(values, pack)),
             primfunc_name_hint="conv2d",
-            primfunc_attrs={**ANCHOR, ROLE: DENSE} if whole else ANCHOR,
+            primfunc_attrs={**ANCHOR, ROLE: POINTWISE} if pointwise else ANCHOR,
         )
     if int(attrs.groups) == window.shape[3] == channels and depth == 1:
         packed = np.ascontiguousarray(values[..., 0].transpose(1, 2, 0))

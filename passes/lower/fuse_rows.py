@@ -1,9 +1,8 @@
-"""Makes one kernel of a convolution and the depthwise convolution that alone reads it.
+"""Makes one kernel of a 1x1 convolution and the depthwise convolution that alone reads it.
 
-Joins two groups of ``FuseOps``, epilogues included, where the machine gains by it: an expansion and
-the depthwise layer behind it, mostly. What lies between is then a stage of a kernel, which
-`hone.targets.schedule.bands` computes by bands of rows that stay in a core's cache. Runs on grouped
-modules before ``FuseTIR``. Numerics: exact.
+Joins two groups of ``FuseOps``, epilogues included, where the machine gains by it. What lies
+between is then a stage of a kernel, which `hone.targets.schedule.bands` computes by bands of rows
+that stay in a core's cache. Runs on grouped modules before ``FuseTIR``. Numerics: exact.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from hone.passes.graph.dataflow import Dataflow, Rebuilder, is_dataflow, shape_o
 from hone.targets.schedule.bands import Chain, joins
 from hone.targets.schedule.machine import Machine
 
-from .anchors import DENSE, DEPTHWISE, ROLE
+from .anchors import DEPTHWISE, POINTWISE, ROLE
 
 _CALL_TIR = tvm.ir.Op.get("relax.call_tir")
 # TVM's OpPatternKind: elementwise (0) and broadcast, which leave elements where they are.
@@ -73,7 +72,7 @@ class _Pair:
 
 @tvm.transform.module_pass(opt_level=0)
 class FuseRows:
-    """Join convolutions with the depthwise ones behind them.
+    """Join 1x1 convolutions with the depthwise ones behind them.
 
     Parameters
     ----------
@@ -126,7 +125,7 @@ class FuseRows:
         between = second.call.args[reads.index(True)]
         if not isinstance(between, relax.Var) or not graph.used_once(between):
             return None
-        first = _group(module, graph.call(between), DENSE)
+        first = _group(module, graph.call(between), POINTWISE)
         if first is None:
             return None
         batch, height, width, channels = shape_of(between)

@@ -56,3 +56,8 @@ class Window:
             (height + top + bottom - span_h) // self.strides[0] + 1,
             (width + left + right - span_w) // self.strides[1] + 1,
         )
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each output reads the one input at its place."""
+        return self.taps == self.strides == (1, 1) and not any(self.padding)

@@ -1,4 +1,4 @@
-"""Schedule of a convolution and the depthwise convolution that reads it, by bands of rows.
+"""Schedule of a 1x1 convolution and the depthwise one that reads it, by bands of rows.
 
 A task is a band of output rows and a tile of channels of one image: first those channels of the
 rows that its windows read, then the windows. What lies between never leaves the core's L2. The rows
@@ -25,7 +25,7 @@ from .blocks import (
     start_sums,
     vector_length,
 )
-from .contraction import UNROLLED_DEPTH, pad_in_task, split_sum
+from .contraction import UNROLLED_DEPTH, split_sum
 from .machine import (
     FMA_PER_CYCLE,
     MOST_OPTIONS,
@@ -39,14 +39,14 @@ from .window import column_tiles
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """The geometry of a convolution and the depthwise convolution that reads it.
+    """The geometry of a 1x1 convolution and the depthwise convolution that reads it.
 
     Parameters
     ----------
     shape : tuple of int
         What lies between, ``(N, H, W, C)``.
     depth : int
-        Products of one element of it, input channels times taps.
+        Input channels, the products of one element of it.
     pack : int
         Channels of one tile of the first weights.
     taps : tuple of int
@@ -130,18 +130,18 @@ def schedule_bands(schedule: s_tir.Schedule, machine: Machine) -> None:
     """
     blocks = leaves(schedule)
     by_name = {name_of(schedule, block): block for block in blocks}
-    dense, window = by_name["conv_acc"], by_name["dw_acc"]
+    pointwise, window = by_name["conv_acc"], by_name["dw_acc"]
     first, second = (list(by_name).index(name) for name in ("conv_acc", "dw_acc"))
     output = output_block(schedule, window, blocks[second:])
     stored = _stored(schedule, blocks[first + 1 : second])
     n, h, w, c, r, s = schedule.get_loops(window)
     batch, height, width, channels, *taps = extents(schedule, window)
-    *_, depth_r, depth_s, depth_c = extents(schedule, dense)
+    *_, depth = extents(schedule, pointwise)
     _, in_height, in_width, _ = extents(schedule, stored)
-    pack = read_shape(schedule, dense, 1)[-1]
+    pack = read_shape(schedule, pointwise, 1)[-1]
     chain = Chain(
         shape=(batch, in_height, in_width, channels),
-        depth=depth_r * depth_s * depth_c,
+        depth=depth,
         pack=pack,
         taps=(taps[0], taps[1]),
         output=(height, width),
@@ -158,10 +158,8 @@ def schedule_bands(schedule: s_tir.Schedule, machine: Machine) -> None:
     schedule.reverse_compute_at(output, w_outer, preserve_unit_loops=True)
     schedule.compute_at(stored, task, preserve_unit_loops=True)
     tile = _schedule_stored(schedule, machine, stored, chain)
-    schedule.compute_at(dense, tile, preserve_unit_loops=True)
-    step = _schedule_dense(schedule, machine, dense, lanes)
-    if "conv_pad" in by_name:
-        pad_in_task(schedule, machine, by_name["conv_pad"], task)
+    schedule.compute_at(pointwise, tile, preserve_unit_loops=True)
+    step = _schedule_sums(schedule, machine, pointwise, lanes)
     work = (
         math.prod(chain.shape) * chain.depth + math.prod(taps) * batch * height * width * channels
     )
@@ -170,7 +168,7 @@ def schedule_bands(schedule: s_tir.Schedule, machine: Machine) -> None:
     schedule.vectorize(c_lane)
     for loop in (r, s, w_inner):
         schedule.unroll(loop)
-    start_sums(schedule, dense, step, outer_loops=4)
+    start_sums(schedule, pointwise, step, outer_loops=4)
     start_sums(schedule, window, r, outer_loops=4)
     finish_output(schedule, output, outer_loops=4, lanes=machine.lanes)
 
@@ -210,11 +208,11 @@ def _schedule_stored(
     return w_outer
 
 
-def _schedule_dense(
-    schedule: s_tir.Schedule, machine: Machine, dense: SBlockRV, lanes: int
+def _schedule_sums(
+    schedule: s_tir.Schedule, machine: Machine, pointwise: SBlockRV, lanes: int
 ) -> LoopRV:
     """Keep a tile of sums in registers; returns the outermost loop over what is summed."""
-    *_, w, k, r, s, c = schedule.get_loops(dense)
+    *_, w, k, r, s, c = schedule.get_loops(pointwise)
     depth = int(schedule.get(c).extent)
     k_vector, k_lane = schedule.split(k, [None, lanes])
     c, steps = split_sum(schedule, machine, c, depth, whole=depth <= UNROLLED_DEPTH)

@@ -57,17 +57,6 @@ def split_sum(
     return outer, (inner,)
 
 
-def pad_in_task(
-    schedule: s_tir.Schedule, machine: Machine, padding: SBlockRV, task: LoopRV
-) -> None:
-    """Copy what a task reads of the padded input in front of its other stages."""
-    schedule.compute_at(padding, task, preserve_unit_loops=True)
-    last = schedule.get_loops(padding)[-1]
-    lanes = vector_length(int(schedule.get(last).extent), machine.lanes)
-    if lanes > 1:
-        schedule.vectorize(schedule.split(last, [None, lanes])[1])
-
-
 def schedule_conv2d(
     schedule: s_tir.Schedule,
     machine: Machine,
@@ -130,7 +119,11 @@ def schedule_conv2d(
     tasks = schedule.fuse(*order)
     schedule.reverse_compute_at(output, w_outer, preserve_unit_loops=True)
     if padding is not None:
-        pad_in_task(schedule, machine, padding, tasks)
+        schedule.compute_at(padding, tasks, preserve_unit_loops=True)
+        last = schedule.get_loops(padding)[-1]
+        pad_lanes = vector_length(int(schedule.get(last).extent), machine.lanes)
+        if pad_lanes > 1:
+            schedule.vectorize(schedule.split(last, [None, pad_lanes])[1])
     work = batch * height * width * channels * taps_h * taps_w * depth
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     schedule.vectorize(k_lane)

@@ -47,7 +47,9 @@ class Block:
         x = relax.Var("x", relax.TensorType((1, 8, self.height, self.width), self.dtype))
         with builder.function("main", [x]):
             with builder.dataflow():
-                first = builder.emit(op.nn.relu(x), name_hint="first")
+                # What reads a network's input changes its layout as well.
+                first = builder.emit(op.nn.conv2d(x, weight(8, 8, 1, 1)), name_hint="first")
+                first = builder.emit(op.nn.relu(first), name_hint="first_act")
                 wide = builder.emit(
                     op.nn.conv2d(
                         first,
@@ -92,7 +94,7 @@ def grouped(block: Block) -> tvm.IRModule:
 def expected(before: tvm.IRModule) -> tvm.IRModule:
     """Write down what joining makes of the groups: one function with the operators of both."""
     builder = relax.BlockBuilder(tvm.IRModule(dict(before.functions.items())))
-    wide, narrow = relax.TensorType((1, 5, 7, 16), "float32"), (1, 8, 5, 7)
+    wide, narrow = relax.TensorType((1, 5, 7, 16), "float32"), (1, 5, 7, 8)
     params = [
         relax.Var(name, relax.TensorType(shape, "float32"))
         for name, shape in (("x", narrow), ("w", (1, 1, 1, 8, 16)), ("v", (3, 3, 16)))
@@ -104,7 +106,7 @@ def expected(before: tvm.IRModule) -> tvm.IRModule:
 
     with builder.function("joined", params, attrs={"Primitive": True}, private=True):
         with builder.dataflow():
-            between = builder.emit(call("relu1", builder.emit(call("conv2d", x, w))))
+            between = builder.emit(call("relu1", builder.emit(call("conv2d1", x, w))))
             result = call("relu1", builder.emit(call("depthwise_conv2d", between, v)))
             output = builder.emit_output(result)
         builder.emit_func_output(output)
@@ -116,7 +118,7 @@ def test_two_groups_become_one_with_the_operators_of_both() -> None:
     before = grouped(block)
     machine = replace(MACHINE, decided=tuple(block.decided.items()))
     after = FuseRows(machine)(before)
-    joined = after["fused_conv2d_relu1_depthwise_conv2d_relu1"]
+    joined = after["fused_conv2d1_relu1_depthwise_conv2d_relu1"]
     tvm.ir.assert_structural_equal(joined, expected(before)["joined"])
     _, first, second, _ = before["main"].body.blocks[0].bindings
     _, both, _ = after["main"].body.blocks[0].bindings
@@ -140,6 +142,7 @@ REJECTED = [
     Block(id="channels that no vector divides", channels=19),
     Block(id="Winograd", height=28, width=28, channels=64, taps=3),
     Block(id="no epilogue, hence no group", act=""),
+    Block(id="no 1x1 convolution", taps=5),
     Block(id="16-bit floats", dtype="float16"),
 ]
 
