@@ -146,6 +146,24 @@ def _more_outputs(node: NodeView) -> str | None:
     return f"only its first output is supported, {extra[0]!r} is another" if extra else None
 
 
+def _scale(node: NodeView) -> str | None:
+    """Refuse scales that no level has: every result would be NaN."""
+    scale = node.values[1]
+    if scale is None:
+        return None
+    given = np.asarray(scale, np.float64)
+    bad = given[~np.isfinite(given)]
+    if node.op_type == "QuantizeLinear":
+        bad = given[~np.isfinite(given) | (given == 0)]
+    if not bad.size:
+        return None
+    return f"its scale is {bad.flat[0]:g}, but must be finite and not 0: export the model again"
+
+
+def _quantize_linear(node: NodeView) -> str | None:
+    return _scale(node) or _blocked(node)
+
+
 def _batch_normalization(node: NodeView) -> str | None:
     if node.attributes.get("training_mode", 0):
         return "training_mode is 1, only inference is supported"
@@ -269,13 +287,14 @@ _RULES: Final[Mapping[str, Callable[[NodeView], str | None]]] = {
     "BatchNormalization": _batch_normalization,
     "BitShift": _signed,
     "Conv": _conv,
+    "DequantizeLinear": _scale,
     "Dropout": _dropout,
     "LayerNormalization": _more_outputs,
     "LpPool": _pool,
     "MaxPool": _pool,
     "Mod": _mod,
     "Pow": _pow,
-    "QuantizeLinear": _blocked,
+    "QuantizeLinear": _quantize_linear,
     "RMSNormalization": _rms_normalization,
     "ReduceMax": _not_bool,
     "ReduceMin": _not_bool,

@@ -89,6 +89,11 @@ class LevelMoves:
             new = self._rebuilder.emit(pooled, name)
             return LevelTensor(var=new, layout=Layout.NHWC, levels=given.levels)
         data = self._layouts.as_layout(given, Layout.MODEL)
+        if call.op == _PAD:
+            zero_point = float(given.levels.zero_point)
+            padded = relax.op.nn.pad(data, call.attrs.pad_width, pad_value=zero_point)
+            new = self._rebuilder.emit(padded, name)
+            return LevelTensor(var=new, layout=Layout.MODEL, levels=given.levels)
         new = self._rebuilder.emit(with_args(call, [data, *call.args[1:]]), name)
         return LevelTensor(var=new, layout=Layout.MODEL, levels=given.levels)
 
@@ -117,9 +122,12 @@ def _keeps_levels(call: relax.Call) -> bool:
         return str(call.attrs.layout) == "NCHW" and len(shape_of(call)) == 4
     if call.op == _RESIZE:
         return str(call.attrs.method) == "nearest_neighbor"
+    if call.op == _PAD:
+        return str(call.attrs.pad_mode) == "constant" and float(call.attrs.pad_value) == 0
     return call.op in _MOVES
 
 
+_PAD = Op.get("relax.nn.pad")
 _RESIZE = Op.get("relax.image.resize2d")
 _MAX_POOL2D = Op.get("relax.nn.max_pool2d")
 _MOVES = tuple(

@@ -230,6 +230,14 @@ def test_node_of_another_form_is_refused_by_name(channels_last):
         importer.load(model)
 
 
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_scale_that_no_level_has_is_refused(value):
+    x = np.ones((2, 3), np.float32)
+    model, _ = single("QuantizeLinear", [(x,), scale(value), np.uint8(3)])
+    with pytest.raises(ModelError, match=r"its scale is (0|nan|inf), but must be finite and not 0"):
+        importer.load(model)
+
+
 def test_layers_keep_their_ids_and_tensors_their_names_when_rewritten():
     zero = np.uint8(3)
     inputs = [

@@ -564,6 +564,15 @@ def test_dynamically_quantized_layer_is_integer(op, zero):
     assert result.skipped == ()
 
 
+def test_padding_with_zeros_is_padding_with_zero_points():
+    net = Net()
+    x = net.qdq(net.input(1, 4, 6, 6), 0.02, 77)
+    y = net.node("Pad", x, net.const([0, 0, 1, 0, 0, 0, 2, 1], np.int64))
+    y = net.qdq(net.node("Conv", net.qdq(y, 0.02, 77), net.weight(5, 4, 3, 3)), 0.05, 128)
+    result = check(net, y, level=0.05)
+    assert floats(result) == ["hone.dequantize"]
+
+
 def test_levels_of_int8_with_a_zero_point_of_the_run_are_integer():
     net = Net()
     levels, point = net.input(1, 4, 6, 6, dtype="int8"), net.input(1, dtype="int8")
