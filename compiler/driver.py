@@ -1,229 +1,41 @@
-"""From a model to a package: lower, tune, schedule, link, prove.
+"""From a model to a package: tune, assemble, prove.
 
-`compile` is what ``hone compile`` and ``hone.compile`` do; `assemble` is the part of it that every
-candidate of a build goes through as well.
+What ``hone compile`` and ``hone tune`` do.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hone.passes.quantize.match_qdq import is_qdq, match_qdq
-from hone.passes.quantize.pack_weights import WeightPacking, pack_weights
+from hone.passes.quantize.pack_weights import WeightPacking
 from hone.passes.quantize.quantize_int8 import Quantization
-from hone.targets import features
 from hone.targets.target import Target, resolve
 
 from . import half_parity, parity, pipeline, runtime
-from .activations import activation_bytes
+from .assembling import assemble, golden_samples, in_integers, reference_runner, runs_here
 from .data import Dataset
 from .database import Database
 from .errors import LockedError, ToolchainError, UsageError
 from .half_parity import check_half
-from .importing.boundary import unpackable
-from .importing.graph import raise_problems
-from .kernel_table import converting_kernels, kernel_table
 from .model import Model
 from .package import Package
-from .packaging.golden import Golden
-from .packaging.manifest import CostEntry, ProvenanceEntry, TargetEntry
-from .profiling.kernel_costs import kernel_costs
 from .progress import Progress, silent
 from .quantized import Wanted
 from .steps.options.half import HalfOptions
 from .steps.options.int8 import Int8Step
-from .weights import weights_bytes
 
 if TYPE_CHECKING:
     import tvm
 
     from .tune import TuneResult
 
-# Largest relative error of a replayed golden output. fp32: sums of another machine are taken in
-# another order, by a few units in the last place of the longest. int8: integer kernels are exact,
-# but a float that lies on the border of two levels at a float-to-integer step may round to the
-# other one on another machine; one level of 255 at the output, with room for two such steps.
-# bf16, fp16: another machine's sums differ in their last places, so that a value may round to its
-# other neighbour, and its kernels may round the points of Winograd's transform instead: as much as
-# the precision itself is off. In bf16 that is 0.8% for ResNet-18 and 3% for MobileNetV2, both with
-# random weights; fp16 is 8 times as fine.
-GOLDEN_TOLERANCE = {"fp32": 1e-4, "fp16": 0.006, "bf16": 0.05, "int8": 0.02}
 # Of a tuning budget, for the ways to lower layers, which come before the schedules; and the least
 # budget that leaves it time for more than its start.
 LOWERING_SHARE = 0.3
 LEAST_LOWERING_S = 60.0
-GOLDEN_SEED = 20261121
-GOLDEN_SAMPLES = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assembled:
-    """A package and how it came about.
-
-    Parameters
-    ----------
-    package : Package
-        Ready to save or to run.
-    lowered : IRModule
-        The kernels before they were scheduled.
-    scheduled : Scheduled
-        The rule of each kernel, and which ones the tuning database covers.
-    quantization : Quantization or None
-        What of a model that was quantized before its import became integer kernels.
-    packing : WeightPacking or None
-        Which of its other weights stay in their few bits.
-    """
-
-    package: Package
-    lowered: tvm.IRModule
-    scheduled: pipeline.Scheduled
-    quantization: Quantization | None = None
-    packing: WeightPacking | None = None
-
-
-def runs_here(target: Target) -> bool:
-    """Say whether this machine can run code for a target."""
-    return features.machine() == target.arch and not features.missing(target.features, target.arch)
-
-
-def assemble(
-    model: Model,
-    *,
-    target: Target,
-    threads: int,
-    precision: str = "fp32",
-    database: Database | None = None,
-    compact: bool = False,
-) -> Assembled:
-    """Compile a model's module as it is and put it into a package without golden samples.
-
-    Parameters
-    ----------
-    model : Model
-        Its module may have been compressed.
-    target : Target
-        What to compile for.
-    threads : int
-        Threads of one run.
-    precision : {"fp32", "bf16", "fp16", "int8"}
-        Lowest precision of the module's kernels; decides the tolerance of golden outputs. A model
-        that was quantized before its import is int8, where any of its layers is.
-    database : Database, optional
-        Tuning records to use.
-    compact : bool
-        Prefer small weights to speed, where a kernel has the choice.
-
-    Returns
-    -------
-    Assembled
-
-    Raises
-    ------
-    ModelError
-        An input or output has a type that numpy lacks (exit 3).
-    ToolchainError
-        No linker for the target (exit 6).
-    """
-    raise_problems(unpackable(model.signature), model.origin.path)
-    integers, quantization, packing = _in_integers(model)
-    if quantization is not None and quantization.quantized:
-        precision = "int8"
-    lowered = pipeline.lower(
-        integers.module,
-        target,
-        threads=threads,
-        compact=compact,
-        decided=None if database is None else database.lowerings(),
-    )
-    scheduled = pipeline.schedule(lowered, target, threads=threads, database=database)
-    library = pipeline.link(scheduled.module, target, threads=threads)
-    floats = [t.name for t in model.signature.outputs if t.dtype.startswith("float")]
-    package = Package.create(
-        library=library,
-        signature=model.signature,
-        target=TargetEntry(
-            name=target.name,
-            arch=target.arch,
-            triple=target.triple,
-            features=target.features,
-            threads=threads,
-            glibc=target.glibc,
-        ),
-        precision=precision,
-        weights_bytes=weights_bytes(lowered),
-        kernels=kernel_table(
-            model, integers.module, lowered, {} if quantization is None else quantization.merged
-        ),
-        provenance=ProvenanceEntry(source_sha256=model.origin.sha256, opset=model.origin.opset),
-        golden=(),
-        tolerance=dict.fromkeys(floats, GOLDEN_TOLERANCE[precision]),
-        recipe={},
-        # Sorting and top-k are calls by name into the runtime's second library.
-        needs_runtime_extra=b"tvm.contrib.sort" in library,
-        activations_bytes=activation_bytes(scheduled.module, target, threads=threads),
-        costs=_costs(model, integers, lowered, scheduled),
-    )
-    return Assembled(
-        package=package,
-        lowered=lowered,
-        scheduled=scheduled,
-        quantization=quantization,
-        packing=packing,
-    )
-
-
-def _costs(
-    model: Model, computed: Model, lowered: tvm.IRModule, scheduled: pipeline.Scheduled
-) -> dict[str, CostEntry]:
-    """Return what each kernel does, for the manifest."""
-    rules = {decision.kernel: decision.rule for decision in scheduled.decisions}
-    converts = converting_kernels(model, computed.module, lowered)
-    return {
-        kernel: CostEntry(
-            operations=cost.operations,
-            touched_bytes=cost.touched_bytes,
-            dtype=cost.dtype,
-            rule=rules.get(kernel),
-            converts=converts.get(kernel, ()),
-        )
-        for kernel, cost in kernel_costs(lowered, computed).items()
-    }
-
-
-def _in_integers(model: Model) -> tuple[Model, Quantization | None, WeightPacking | None]:
-    """Return a model that was quantized before its import with hone's operators for its levels.
-
-    And what became of its layers; any other model comes back as it is, with None.
-    """
-    if not is_qdq(model.module):
-        return model, None, None
-    quantization = match_qdq(model.module)
-    packing = pack_weights(quantization.module)
-    return model.with_module(packing.module), quantization, packing
-
-
-def reference_runner(
-    model: Model, package: Package, *, target: Target, threads: int
-) -> runtime.Runner:
-    """Return something that computes what a package computes, on this machine.
-
-    For a package of another machine that is its twin: the same module compiled for the host.
-    """
-    if runs_here(target):
-        return runtime.load(package)
-    return runtime.load(assemble(model, target=resolve("host"), threads=threads).package)
-
-
-def golden_samples(model: Model, runner: runtime.Runner) -> tuple[Golden, ...]:
-    """Return seeded inputs and what a runner answers."""
-    samples = []
-    for number in range(GOLDEN_SAMPLES):
-        inputs = parity.random_inputs(model, GOLDEN_SEED + number)
-        samples.append(Golden(inputs=inputs, outputs=runner.run(inputs)))
-    return tuple(samples)
 
 
 def compile(
@@ -424,7 +236,7 @@ def search(
     from .tune import tune as tune_kernels
     from .tuning.choices import tune_lowerings
 
-    model, _, _ = _in_integers(model)
+    model, _, _ = in_integers(model)
     lowering = None
     if seconds >= LEAST_LOWERING_S:
         lowering = tune_lowerings(

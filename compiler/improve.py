@@ -20,6 +20,7 @@ import numpy as np
 from hone.targets.target import Target, resolve
 
 from . import driver, fingerprint, importer, parity
+from .assembling import assemble, golden_samples, reference_runner, runs_here
 from .beside_peers import measure_beside_peers
 from .data import Dataset
 from .data import load as load_data
@@ -98,7 +99,7 @@ class _Build:
         self.target: Target = resolve(recipe.target.name)
         self.target.tvm_target(recipe.target.threads)  # a target without code generation: exit 6
         self.threads = recipe.target.threads
-        self.measurable = driver.runs_here(self.target)
+        self.measurable = runs_here(self.target)
         self.compact = recipe.goal.goal == "size"
         _make_folder(recipe.output_directory)
         self.model = importer.load(recipe.model_path, recipe.model.shapes)
@@ -168,7 +169,7 @@ class _Build:
     ) -> Version:
         """Compile a model, make it runnable here and evaluate it."""
         with self.progress.task(f"{name}: compile and evaluate"):
-            assembled = driver.assemble(
+            assembled = assemble(
                 model,
                 target=self.target,
                 threads=self.threads,
@@ -176,7 +177,7 @@ class _Build:
                 database=self.database if tuned else None,
                 compact=self.compact,
             )
-            runner = driver.reference_runner(
+            runner = reference_runner(
                 model, assembled.package, target=self.target, threads=self.threads
             )
             quality, outputs = evaluate(runner.run, self.evaluation, reference=self.reference)
@@ -388,7 +389,7 @@ class _Build:
             notes=self.notes,
         )
         package = kept.assembled.package.with_evidence(
-            golden=driver.golden_samples(kept.model, kept.runner),
+            golden=golden_samples(kept.model, kept.runner),
             recipe=self._decisions(rows, kept),
             accuracy=self._accuracy_entry(kept.quality),
         )

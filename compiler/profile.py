@@ -258,11 +258,12 @@ def profile_model(
     UsageError
         The model branches.
     """
-    from . import driver, parity, runtime
+    from . import parity, runtime
+    from .assembling import assemble
 
     progress = progress or silent()
     with progress.task("compile"):
-        assembled = driver.assemble(model, target=resolve("host"), threads=threads)
+        assembled = assemble(model, target=resolve("host"), threads=threads)
         runner = runtime.load(assembled.package, threads=threads)
     return _profiled(runner, parity.random_inputs(model, seed=0), seconds, progress)
 

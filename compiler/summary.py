@@ -9,7 +9,8 @@ from typing import Any
 
 import hone
 
-from . import driver, environment, runtime
+from . import environment, runtime
+from .assembling import Assembled
 from .evaluate import Quality
 from .measure import Measurement
 from .mixed.layer_precision import ConversionCost, LayerPrecision
@@ -61,7 +62,7 @@ class Version:
     name: str
     model: Model
     precision: str
-    assembled: driver.Assembled
+    assembled: Assembled
     runner: runtime.Runner
     quality: Quality
     tuned: bool = False

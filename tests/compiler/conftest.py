@@ -15,7 +15,7 @@ from hone.signature import Signature, TensorSpec
 from hone.targets import features
 
 if TYPE_CHECKING:
-    from hone.driver import Assembled
+    from hone.assembling import Assembled
     from hone.model import Model
 
 

@@ -151,7 +151,7 @@ def test_dot_product_is_the_widest_that_a_target_has():
 
 @pytest.mark.parametrize("name", ["host", "x86-64-v3"])
 def test_measures_this_machine(name, monkeypatch):
-    from hone.driver import runs_here
+    from hone.assembling import runs_here
 
     target = resolve(name)
     if not runs_here(target):

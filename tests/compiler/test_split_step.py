@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from hone import importer, parity
 from hone.activations import lowered_activation_bytes
-from hone.driver import assemble
+from hone.assembling import assemble
 from hone.errors import UsageError
 from hone.model import Model
 from hone.recipe import parse

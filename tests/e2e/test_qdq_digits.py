@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import hone
-from hone import driver, importer, models, parity, rounding, runtime
+from hone import assembling, driver, importer, models, parity, rounding, runtime
 from hone.data import load as load_data
 from hone.errors import AccuracyError, UsageError
 from hone.importing.qdq import rewrite
@@ -100,7 +100,7 @@ def test_top1_is_that_of_onnxruntime(digits):
 def test_package_is_int8_with_the_golden_tolerance_of_int8(digits):
     package = hone.compile(digits, threads=1)
     assert package.manifest.precision == "int8"
-    assert set(package.manifest.golden.tolerance.values()) == {driver.GOLDEN_TOLERANCE["int8"]}
+    assert set(package.manifest.golden.tolerance.values()) == {assembling.GOLDEN_TOLERANCE["int8"]}
     # It is quantized already: no calibration data is asked for.
     assert hone.compile(digits, threads=1, precision="int8").manifest.precision == "int8"
     with pytest.raises(UsageError) as error:

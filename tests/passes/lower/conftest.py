@@ -10,7 +10,7 @@ import tvm
 from tvm import relax
 
 from hone import pipeline
-from hone.driver import runs_here
+from hone.assembling import runs_here
 from hone.passes.apply import apply
 from hone.passes.lower.window import Window
 from hone.targets.schedule.tile_plan import TilePlan
