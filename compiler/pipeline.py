@@ -16,6 +16,7 @@ from tvm import relax, tirx
 
 from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
+from hone.passes.graph.flatten_conv3d import FlattenConv3d
 from hone.passes.graph.fold_batch_norm import FoldBatchNorm
 from hone.passes.graph.fold_channel_moves import FoldChannelMoves
 from hone.passes.lower.export_kernels import RAW_PIPELINE
@@ -84,6 +85,11 @@ def graph_stages() -> tuple[Stage, ...]:
             name="fold-channel-moves",
             summary="shuffles and slices of channels become orders of weights",
             run=FoldChannelMoves(),
+        ),
+        Stage(
+            name="flatten-conv3d",
+            summary="3-D convolutions as 2-D ones over the channels of all taps of a depth",
+            run=FlattenConv3d(),
         ),
         Stage(
             name="unify-convolutions",
