@@ -56,7 +56,7 @@ def choose_transform(
     vectors = -(-channels // machine.lanes)
     sums = vectors * -(-depth // GROUP)
 
-    def cycles(products: float, weight_bytes: float, transforms: float) -> float:
+    def cycles(products: float, weight_bytes: int, transforms: float) -> float:
         # Not the larger of the two: what these weights push out of the caches, others wait for.
         stream = weight_bytes / machine.weight_bytes_per_cycle
         return (products + transforms) / machine.threads + stream
@@ -69,10 +69,13 @@ def choose_transform(
         points = (m + 2) ** 2
         tiles = batch * -(-height // m) * -(-width // m)
         words = vectors * (depth // PAIR)
+        # Beyond the caches they are read anew for every image, see `schedule_winograd`.
+        held = points * words * machine.lanes * 4 <= machine.threads * machine.l2_bytes
+        rereads = 1 if held else batch
         moved = vectors + -(-depth // (2 * machine.lanes))
         costs[m] = GAIN * cycles(
             tiles * points * words / FMA_PER_CYCLE,
-            points * words * machine.lanes * 4,
+            points * words * machine.lanes * 4 * rereads,
             tiles * points * moved * TRANSFORM_CYCLES,
         )
     ranked = sorted(costs, key=lambda m: costs[m])

@@ -243,7 +243,11 @@ def test_weights_that_grow_beyond_the_caches_keep_the_direct_form(
 ) -> None:
     # Inside ResNet-18 the third stage loses what it gains alone (docs/performance.md).
     machine = Machine.of(with_features("x86-64-v4", "avx512vnni"), 2)
-    assert choose_transform(machine, *resnet_layer(side, channels)) is expected
+    window, weight = resnet_layer(side, channels)
+    assert choose_transform(machine, window, weight) is expected
+    # Weights that no cache holds are read anew for every image of a batch.
+    batch = replace(window, shape=(8, *window.shape[1:]))
+    assert choose_transform(machine, batch, weight) is expected
 
 
 def test_transform_is_refused_where_it_does_not_apply() -> None:
