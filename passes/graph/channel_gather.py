@@ -109,7 +109,8 @@ class ChannelGather:
 
     def permuted(self, axes: Sequence[int]) -> ChannelGather:
         """Return the tensor with its axes in another order."""
-        places = [self.channel_axis(axis) for axis in axes if self.axes[axis] == CHANNEL]
+        found = [self.channel_axis(axis) for axis in axes]
+        places = [place for place in found if place is not None]
         return self._moved(
             index=self.index.transpose([*places, self.index.ndim - 1]),
             axes=tuple(self.axes[axis] for axis in axes),

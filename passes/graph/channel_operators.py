@@ -147,9 +147,9 @@ def _weight(graph: Dataflow, call: relax.Call) -> np.ndarray | None:
 
 
 def _is_depthwise(graph: Dataflow, call: relax.Call) -> bool:
-    if _weight(graph, call) is None:
-        return False
     axis = channel_axis(call)
+    if axis is None or _weight(graph, call) is None:
+        return False
     channels = shape_of(call.args[0])[axis]
     if not 1 < channels == _groups(call) == shape_of(call)[axis]:
         return False

@@ -90,8 +90,7 @@ def _flatten(builder: Rebuilder, binding: relax.VarBinding, weight: np.ndarray) 
     joined = slices[0] if taps == 1 else emit(relax.op.concat(slices, axis=2), "concat")
     # [N, G, T C / G, D, H, W] → [N, D, G, T C / G, H, W]: the channels of each image together.
     moved = emit(relax.op.permute_dims(joined, [0, 3, 1, 2, 4, 5]), "images")
-    shape = (batch * images, channels * taps, height, width)
-    flat = emit(relax.op.reshape(moved, shape), "flat")
+    flat = emit(relax.op.reshape(moved, (batch * images, channels * taps, height, width)), "flat")
     kernel = weight.transpose(0, 2, 1, 3, 4).reshape(filters, taps * each, *weight.shape[3:])
     result = emit(
         relax.op.nn.conv2d(

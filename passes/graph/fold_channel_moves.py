@@ -92,8 +92,9 @@ class _Writer:
     def _image(self, call: relax.Call, axis: int | None) -> ChannelGather | None:
         """Return the channels of an operator's data where they are those of images."""
         held = self._held(call.args[0])
-        fits = isinstance(held, ChannelGather) and axis is not None and held.is_image(axis)
-        return held if fits else None
+        if not isinstance(held, ChannelGather) or axis is None:
+            return None
+        return held if held.is_image(axis) else None
 
     # ------------------------------------------------------------ what a variable holds
 

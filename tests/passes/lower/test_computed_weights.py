@@ -74,7 +74,7 @@ def test_product_of_any_ranks_equals_the_oracle(
         actual, rules = run_op(lambda x: relax.op.matmul(x, relax.const(b)), a)
     else:
         actual, rules = run_op(lambda x, y: relax.op.matmul(x, y), a, b)
-    assert {"dense", "batch_matmul", "rows"} & set(rules)
+    assert set(rules) - {"generic", "copies", "none"}  # a template of products, or of sums
     exact = np.matmul(a.astype("float64"), b)
     assert actual.shape == exact.shape
     np.testing.assert_allclose(actual, exact, rtol=1e-4, atol=1e-4)
