@@ -22,7 +22,7 @@ from .operations import Work, iterations, work_of
 
 # Blocks of multiply-adds over output tiles that are rounded up; see `hone.targets.schedule.cpu`.
 ROUNDED_BLOCKS = (
-    *("conv_acc", "mm_acc", "bmm_acc", "qconv_acc", "qmm_acc"),
+    *("conv_acc", "mm_acc", "mmrow_acc", "bmm_acc", "qconv_acc", "qmm_acc"),
     *("tile_acc", "matrix_acc"),
 )
 # What products of tiles work on; widening their bits is no operation, the instruction does it.

@@ -9,7 +9,6 @@ exponential, and `CALL_OPERATIONS` for a function that the C library computes.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -52,14 +51,14 @@ class Work:
 
     Parameters
     ----------
-    by_dtype : Counter of str
+    by_dtype : dict of str to float
         What they work on → how many; ``int8`` where levels of 8 bits are read, ``bfloat16`` for
         products of pairs and their sums.
     products : float
         Multiplications among them.
     """
 
-    by_dtype: Counter[str] = field(default_factory=Counter)
+    by_dtype: dict[str, float] = field(default_factory=dict)
     products: float = 0.0
 
     @property
@@ -75,7 +74,7 @@ class Work:
     def add(self, other: Work, times: float = 1) -> None:
         """Add what is done so many times."""
         for dtype, count in other.by_dtype.items():
-            self.by_dtype[dtype] += count * times
+            self.by_dtype[dtype] = self.by_dtype.get(dtype, 0.0) + count * times
         self.products += other.products * times
 
 
@@ -168,8 +167,8 @@ class _Values:
             return  # a border, decided by indices
         count, products = _operations(value)
         if count:
-            self._work.by_dtype[_works_on(value, levels=of_bytes)] += count
-            self._work.products += products
+            dtype = _works_on(value, levels=of_bytes)
+            self._work.add(Work(by_dtype={dtype: float(count)}, products=float(products)))
 
 
 def _works_on(value: tirx.Expr, *, levels: bool) -> str:
