@@ -19,8 +19,6 @@ from hone.targets.schedule.machine import Tile
 from .elementary import exp_below_0
 from .reductions import MAX, SUM, reduce_rows
 
-Index = tirx.Expr
-
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
@@ -116,11 +114,11 @@ class AttentionKernel:
         tile = self.blocks.tile.columns
         return self.batch, self.heads, -(-self.rows // tile) * tile
 
-    def _row(self, m: Index) -> Index:
+    def _row(self, m: tirx.Expr) -> tirx.Expr:
         """Return the row of a query; those beyond the last are the last one again."""
         return m if self._outer[2] == self.rows else tirx.min(m, self.rows - 1)
 
-    def _shared(self, h: Index) -> Index:
+    def _shared(self, h: tirx.Expr) -> tirx.Expr:
         """Return the head of keys and values that a head of queries reads."""
         return h if self.shared == 1 else tirx.indexdiv(h, self.shared)
 
@@ -129,11 +127,12 @@ class AttentionKernel:
         turned = self._turned(operands[self.key.operand])
         values = self._values(operands[self.value.operand])
         bias = None if self.bias is None else self._bias(operands[self.bias])
-        state: _State | None = None
+        states: list[_State] = []
         for index in range(self.blocks.count):
             scores = self._scores(index, operands[self.query.operand], turned, bias)
-            state = self._step(index, scores, values, state, guarded=bias is not None)
-        result = self._mean(state)
+            before = states[-1] if states else None
+            states.append(self._step(index, scores, values, before, guarded=bias is not None))
+        result = self._mean(states[-1])
         return te.compute(
             (self.batch, self.rows, self.heads, self.channels),
             lambda b, m, h, c: result[b, h, m, c],
@@ -145,7 +144,7 @@ class AttentionKernel:
         of, scale = self.key, tirx.const(self.scale, "float32")
         heads = self.heads // self.shared
 
-        def element(b: Index, h: Index, s: Index, d: Index) -> Index:
+        def element(b: tirx.Expr, h: tirx.Expr, s: tirx.Expr, d: tirx.Expr) -> tirx.Expr:
             row = s if self._wide == self.keys else tirx.min(s, self.keys - 1)
             return key[b, row, h * of.step + of.first, d] * scale
 
@@ -156,14 +155,14 @@ class AttentionKernel:
             name="attn_keys",
         )
 
-    def _values(self, value: te.Tensor) -> Callable[..., Index]:
+    def _values(self, value: te.Tensor) -> Callable[..., tirx.Expr]:
         """Return what reads ``(batch, row, head, channel)`` of the values, in whole vectors.
 
         Where no vector divides the channels it reads a copy with zeros behind them.
         """
         of, zero = self.value, tirx.const(0.0, "float32")
 
-        def lying(b: Index, s: Index, h: Index, c: Index) -> Index:
+        def lying(b: tirx.Expr, s: tirx.Expr, h: tirx.Expr, c: tirx.Expr) -> tirx.Expr:
             return value[b, s, h * of.step + of.first, c]
 
         if self.blocks.channels == self.channels:
@@ -194,14 +193,14 @@ class AttentionKernel:
         first, tile = index * self.blocks.keys, self.blocks.tile
         d = te.reduce_axis((0, self.depth), "d")
 
-        def product(b: Index, h: Index, m: Index, s: Index) -> Index:
+        def product(b: tirx.Expr, h: tirx.Expr, m: tirx.Expr, s: tirx.Expr) -> tirx.Expr:
             left = query[b, self._row(m), h * self.query.step + self.query.first, d]
             return te.sum(left * turned[b, self._shared(h), d, first + s], axis=d)
 
         shape = (*self._outer, self.blocks.keys)
         products = te.compute(shape, product, name=f"attn_products{index}")
 
-        def score(b: Index, h: Index, m: Index, s: Index) -> Index:
+        def score(b: tirx.Expr, h: tirx.Expr, m: tirx.Expr, s: tirx.Expr) -> tirx.Expr:
             value = products[b, h, m, s]
             if bias is not None:
                 at = (b, h, self._row(m))
@@ -219,7 +218,7 @@ class AttentionKernel:
         self,
         index: int,
         scores: te.Tensor,
-        value: Callable[..., Index],
+        value: Callable[..., tirx.Expr],
         before: _State | None,
         *,
         guarded: bool,
@@ -247,7 +246,7 @@ class AttentionKernel:
         total = reduce_rows(lambda i, _, s: powers[(*i, s)], outer, wide, SUM, lanes=lanes)
         s = te.reduce_axis((0, min(wide, self.keys - first)), "s")
 
-        def product(b: Index, h: Index, m: Index, c: Index) -> Index:
+        def product(b: tirx.Expr, h: tirx.Expr, m: tirx.Expr, c: tirx.Expr) -> tirx.Expr:
             return te.sum(powers[b, h, m, s] * value(b, first + s, self._shared(h), c), axis=s)
 
         shape = (*outer, self.blocks.channels)
