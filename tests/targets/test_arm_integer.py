@@ -89,6 +89,18 @@ def test_integer_kernels_equal_the_oracle_when_emulated(arm_emulator, tmp_path, 
     steps = np.rint(acc.astype(np.float32) * multiplier)
     wanted.append(np.clip(steps + 119, 5, 250).astype(np.uint8))
 
+    shapes = ((3, 7, 19), (3, 1, 19))
+    data, gate = (rng.integers(0, 256, shape).astype(np.uint8) for shape in shapes)
+    table = rng.integers(0, 256, 256).astype(np.uint8)
+    results.append(operators.table_int8(parameter(data), relax.const(table)))
+    wanted.append(table[data])
+    factor, levels = np.array([0.011], np.float32), np.array([121, 7, 130, 3, 252], np.int32)
+    product = (parameter(data), parameter(gate), parameter(factor), parameter(levels))
+    results.append(operators.multiply_int8(*product))
+    sums = (data.astype(np.int32) - 121) * (gate.astype(np.int32) - 7)
+    steps = np.rint(sums.astype(np.float32) * factor)
+    wanted.append(np.clip(steps + 130, 3, 252).astype(np.uint8))
+
     bb = relax.BlockBuilder()
     with bb.function("main", params):
         with bb.dataflow():
