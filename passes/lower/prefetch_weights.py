@@ -1,19 +1,31 @@
 """Requests the weights that a kernel reads next while it computes with those that it has.
 
-Rewrites loops that a schedule marked with `PREFETCH`: every vector that the loop reads from a
-tensor of which it writes nothing is requested so many elements before it is needed. A processor
-follows a stream by itself, but only to the end of a page. Runs on lowered host functions, before
-`PromoteAccumulators`. Numerics: exact.
+Rewrites loops that a schedule marked. With `PREFETCH` every vector that the loop reads from a
+tensor of which it writes nothing is requested so many elements before it is needed. With
+`PREFETCH_TILE`, ``[elements, passes, into]``, the loop reads one tile of weights in each of so many
+passes, and the tile behind it is requested during them, a part in each pass, so that the stream
+from memory never rests: all of it in the first pass would be more than memory gives.
+
+A processor follows a stream by itself, but only to the end of a page. Runs on lowered host
+functions, before `PromoteAccumulators`. Numerics: exact.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import tvm
 from tvm import tirx
 from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_equal, structural_map, structural_walk
 
-from hone.targets.schedule.blocks import PREFETCH
+from hone.targets.schedule.blocks import PREFETCH, PREFETCH_TILE
+
+# float32 elements of a line of a cache: one request brings a line.
+LINE = 16
+# Locality of LLVM's intrinsic: into the first level.
+FIRST_LEVEL = 3
 
 
 def _streams(body: tirx.Stmt) -> list[TensorLoad]:
@@ -33,30 +45,81 @@ def _streams(body: tirx.Stmt) -> list[TensorLoad]:
     return [load for load in found if not any(load.source.same_as(own) for own in written)]
 
 
-def _request(load: TensorLoad, distance: tirx.Expr) -> tirx.Stmt:
-    at = tirx.BufferLoad(load.source, [load.indices[0].base + distance])
-    # To read, into the first level, data.
-    hints = [tirx.const(value, "int32") for value in (0, 3, 1)]
-    return tirx.Evaluate(
-        tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(at), *hints)
-    )
+def request(load: TensorLoad, at: tirx.Expr, locality: int) -> tirx.Stmt:
+    """Return the request for the line of an element of the tensor that a load reads.
+
+    Parameters
+    ----------
+    load : TensorLoad
+        Names the tensor.
+    at : Expr
+        Index of the element; it may lie beyond the end.
+    locality : int
+        Of LLVM's ``llvm.prefetch``: 3 brings the line into the first level, 2 into the second.
+    """
+    place = tirx.address_of(tirx.BufferLoad(load.source, [at]))
+    # To read, and data.
+    hints = [tirx.const(value, "int32") for value in (0, locality, 1)]
+    return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", place, *hints))
 
 
-def _fetch(loop: tirx.For) -> tirx.For:
-    annotations = dict(loop.annotations)
-    distance = annotations.pop(PREFETCH, None)
-    if distance is None:
-        return loop
-    requests = [_request(load, distance) for load in _streams(loop.body)]
-    return tirx.For(
-        loop.loop_var,
-        loop.min,
-        loop.extent,
-        loop.kind,
-        tirx.SeqStmt([loop.body, *requests]) if requests else loop.body,
-        loop.thread_binding,
-        annotations,
-    )
+def _around(body: tirx.Stmt, loop: tirx.For) -> list[tirx.For]:
+    """Return the loops around a loop, the innermost first."""
+    found: list[tuple[int, tirx.For]] = []
+
+    def note(other: tirx.For) -> None:
+        inside: list[tirx.For] = []
+        structural_walk(other.body, ((tirx.For, inside.append),))
+        if any(inner.loop_var.same_as(loop.loop_var) for inner in inside):
+            found.append((len(inside), other))
+
+    structural_walk(body, ((tirx.For, note),))
+    return [other for _, other in sorted(found, key=lambda row: row[0])]
+
+
+def _counter(loops: Sequence[tirx.For]) -> tirx.Expr:
+    """Return how many turns of nested loops, the innermost first, are done."""
+    count = tirx.const(0, "int32")
+    for loop in reversed(loops):
+        count = count * int(loop.extent) + loop.loop_var
+    return count
+
+
+def _tile_requests(
+    body: tirx.Stmt, loop: tirx.For, elements: int, passes: int, locality: int
+) -> list[tirx.Stmt]:
+    """Return the requests for a part of the next tile of weights, for each turn of the loop.
+
+    With 2 vectors in a turn and 7 passes the first pass requests the first half of the tile, a
+    line in each turn, the second pass the other half; later ones ask for what they read anyway.
+    """
+    streams = _streams(loop.body)
+    first = streams[0].indices[0]
+    step = len(streams) * int(first.lanes)
+    around = _around(body, loop)
+    inner = [loop]
+    while math.prod(int(each.extent) for each in inner) * step < elements:
+        inner.append(around.pop(0))
+    outer: list[tirx.For] = []
+    while math.prod(int(each.extent) for each in outer) < passes:
+        outer.append(around.pop(0))
+
+    def start(variable: tirx.Var) -> tirx.Expr:
+        gone = any(variable.same_as(each.loop_var) for each in (*inner, *outer))
+        return tirx.const(0, "int32") if gone else variable
+
+    lines = -(-step // LINE)
+    stride = step // lines
+    at_once = -(-lines // passes)
+    following = structural_map(first.base, (tirx.Var, start)) + elements
+    requests = []
+    for index in range(at_once):
+        part = _counter(outer) * at_once + index
+        at = following + part * (elements // lines) + _counter(inner) * stride
+        if passes * at_once > lines:
+            at = tirx.Select(part < lines, at, first.base)
+        requests.append(request(streams[0], at, locality))
+    return requests
 
 
 @tirx.transform.prim_func_pass(opt_level=0)
@@ -70,4 +133,28 @@ class PrefetchWeights:
         _context: tvm.transform.PassContext,
     ) -> tirx.PrimFunc:
         """Return the function with requests in its marked loops."""
-        return func.with_body(structural_map(func.body, (tirx.For, _fetch)))
+
+        def fetch(loop: tirx.For) -> tirx.For:
+            annotations = dict(loop.annotations)
+            distance = annotations.pop(PREFETCH, None)
+            tile = annotations.pop(PREFETCH_TILE, None)
+            if distance is not None:
+                requests = [
+                    request(load, load.indices[0].base + distance, FIRST_LEVEL)
+                    for load in _streams(loop.body)
+                ]
+            elif tile is not None:
+                requests = _tile_requests(func.body, loop, *(int(number) for number in tile))
+            else:
+                return loop
+            return tirx.For(
+                loop.loop_var,
+                loop.min,
+                loop.extent,
+                loop.kind,
+                tirx.SeqStmt([loop.body, *requests]) if requests else loop.body,
+                loop.thread_binding,
+                annotations,
+            )
+
+        return func.with_body(structural_map(func.body, (tirx.For, fetch)))

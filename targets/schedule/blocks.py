@@ -22,6 +22,9 @@ OPERATIONS_PER_CYCLE = 2
 
 # Annotation of a loop that streams through weights: how many elements ahead they are requested.
 PREFETCH = "hone.prefetch"
+# The same where a tile of weights is read in several passes: ``[elements, passes, into]``, the last
+# one 3 for the first level of the cache and 2 for the second.
+PREFETCH_TILE = "hone.prefetch_tile"
 
 REDUCE = 2  # tirx.IterVar.CommReduce
 SPATIAL = 0  # tirx.IterVar.DataPar
@@ -105,6 +108,17 @@ def prefetch_ahead(schedule: s_tir.Schedule, loop: LoopRV, distance: int) -> Non
     """Mark a loop whose vectors are to be requested so many elements ahead; 0 marks nothing."""
     if distance:
         schedule.annotate(loop, PREFETCH, distance)
+
+
+def prefetch_tile(
+    schedule: s_tir.Schedule, loop: LoopRV, *, elements: int, passes: int, l1_bytes: int
+) -> None:
+    """Mark a loop that reads one tile of weights in each of several passes.
+
+    The next tile is requested during them: into the first level where it leaves most of it free.
+    """
+    into = 3 if elements * 4 <= l1_bytes * 3 // 8 else 2
+    schedule.annotate(loop, PREFETCH_TILE, [elements, passes, into])
 
 
 def parallelize(schedule: s_tir.Schedule, loop: LoopRV, *, work: int, least: int) -> None:

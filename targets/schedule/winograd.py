@@ -25,6 +25,7 @@ from .blocks import (
     output_block,
     parallelize,
     prefetch_ahead,
+    prefetch_tile,
     read_shape,
     start_sums,
     vector_length,
@@ -282,7 +283,10 @@ def _schedule_products(schedule: s_tir.Schedule, machine: Machine) -> None:
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     outer_loops = len(schedule.get_loops(sums)) - 4
     distance = prefetch_distance(machine, rows=tiles, weight_bytes=math.prod(weight) * 4)
-    prefetch_ahead(schedule, c, distance)
+    if distance:
+        passes = int(schedule.get(p_block).extent)
+        elements = weight[-1] * depth
+        prefetch_tile(schedule, c, elements=elements, passes=passes, l1_bytes=machine.l1_bytes)
     schedule.vectorize(k_lane)
     for loop in (*steps, p_inner, k_vector):
         schedule.unroll(loop)

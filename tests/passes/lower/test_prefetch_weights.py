@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, sym
 from tvm.script import tirx as T  # noqa: N812
+from tvm_ffi import structural_walk
 
 from hone import pipeline
 from hone.passes.lower.prefetch_weights import PrefetchWeights
+from hone.targets.schedule.boxes import substituted
 from hone.targets.schedule.machine import Machine, prefetch_distance
 from hone.targets.target import resolve
 
@@ -37,6 +39,53 @@ def test_a_marked_loop_requests_what_it_reads_and_does_not_write() -> None:
         "main"
     ]
     tvm.ir.assert_structural_equal(after, expected.with_attr("global_symbol", "main"))
+
+
+# Three passes over tiles of four steps of two vectors: a line of each step, half a tile in a pass.
+@T.prim_func(s_tir=True)
+def tiles(x: T.Buffer((12,)), w: T.Buffer((256,)), y: T.Buffer((192,))):
+    for k, p in T.grid(2, 3):
+        for c in T.serial(4, annotations={"hone.prefetch_tile": [128, 3, 2]}):
+            for v in T.unroll(2):
+                at: T.let[T.int32] = k * 96 + p * 32 + v * 16
+                y[T.Ramp(at, 1, 16)] = (
+                    y[T.Ramp(at, 1, 16)]
+                    + T.Broadcast(x[p * 4 + c], 16) * w[T.Ramp(k * 128 + c * 32 + v * 16, 1, 16)]
+                )
+
+
+def test_the_next_tile_is_requested_in_parts_during_the_passes_over_one() -> None:
+    module = tvm.IRModule({"main": tiles.with_attr("global_symbol", "main")})
+    after = PrefetchWeights()(tvm.tirx.transform.UnrollLoop()(module))["main"]
+    found: list[tvm.tirx.Expr] = []
+
+    def note(call: tvm.ir.Call) -> None:
+        if call.op == tvm.ir.Op.get("tirx.address_of"):
+            found.append(call.args[0].indices[0])
+
+    loops: list[tvm.tirx.Var] = []
+    structural_walk(after.body, ((tvm.tirx.For, lambda loop: loops.append(loop.loop_var)),))
+    structural_walk(after.body, ((tvm.ir.Call, note),))
+    (index,) = found
+    names = {str(variable.name): variable for variable in loops}
+
+    def asked(k: int, p: int, c: int) -> int:
+        values = {"k": k, "p": p, "c": c}
+        return int(
+            analyzer.simplify(
+                substituted(
+                    index,
+                    list(names.values()),
+                    [tvm.tirx.const(values[name], "int32") for name in names],
+                )
+            )
+        )
+
+    analyzer = sym.Analyzer()
+    for k in range(2):
+        lines = [asked(k, p, c) for p in range(3) for c in range(4)]
+        assert lines[:8] == list(range(k * 128 + 128, k * 128 + 256, 16)), "the next tile, once"
+        assert all(k * 128 <= at < k * 128 + 128 for at in lines[8:]), "then what is read anyway"
 
 
 def test_an_unmarked_loop_stays_as_it_is() -> None:
