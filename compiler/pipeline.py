@@ -132,7 +132,7 @@ def lower_stages_of(machine: Machine, *, compact: bool = False) -> tuple[Stage, 
         ),
         Stage(
             name="group",
-            summary="elementwise operators join the kernel before them, depthwise ones an expansion",
+            summary="elementwise operators join the kernel before, depthwise ones an expansion",
             run=FuseOperators(machine),
         ),
         Stage(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import tvm
@@ -135,7 +134,7 @@ def _work_of(block: SBlock) -> Work:
     product = block.annotations.get(TILE_PRODUCT)
     if product is None:
         return work_of(block.body)
-    return Work(by_dtype=Counter({_TILE_DTYPES[TileProduct(str(product))]: 2}), products=1)
+    return Work(by_dtype={_TILE_DTYPES[TileProduct(str(product))]: 2.0}, products=1.0)
 
 
 def _itemsize(buffer: tirx.Buffer) -> int:
