@@ -1,10 +1,10 @@
-"""Lowers exp, erf, tanh and what is built of them to polynomials that vectorize.
+"""Lowers exp, log, erf, tanh and what is built of them to polynomials that vectorize.
 
-Rewrites ``relax.exp``, ``relax.erf``, ``relax.tanh``, ``relax.sigmoid``, ``relax.nn.silu`` and
-``relax.nn.gelu`` in float32; LLVM would call the C library once for each element. Writes
+Rewrites ``relax.exp``, ``relax.log``, ``relax.erf``, ``relax.tanh``, ``relax.sigmoid``,
+``relax.nn.silu`` and ``relax.nn.gelu`` in float32; LLVM would call the C library once for each element. Writes
 ``relax.nn.relu``, ``relax.clip``, ``relax.sign`` and extrema with constants so that a NaN stays
 one, as in onnxruntime. Runs at legalization. Numerics: relative error of exp at most 3e-7, absolute
-error of erf and tanh at most 5e-7 (tested over the whole range against float64); a NaN stays one
+error of erf and tanh at most 5e-7, log within 2 ulp (tested against float64); a NaN stays one
 everywhere, and infinities give the limits.
 """
 
@@ -38,6 +38,23 @@ _LEAST, _MOST = -104.0, 88.9
 _LEAST_POWER = -88.0
 # Added to a number below 2**22, it leaves n + 127 in the lowest bits of the sum's representation.
 _ROUNDER = 1.5 * 2**23 + 127
+
+# log(1 + f) = f - f^2 / 2 + f^3 P(f) for sqrt(1/2) <= 1 + f < sqrt 2: that of Cephes' logf.
+_LOG = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+# Bits of sqrt(1/2), of the smallest normal number and of a NaN.
+_ROOT_HALF = 0x3F3504F3
+_NORMAL = 0x00800000
+_NAN = 0x7FC00000
 
 # x P(x^2) / Q(x^2), the highest power first: Eigen's minimax fits for float32. At their bounds
 # both give 1 exactly, with and without fused multiply-adds; without a bound they grow again.
@@ -139,6 +156,34 @@ def exp_below_0(x: tirx.Expr) -> tirx.Expr:
     return series * tirx.reinterpret("float32", bits << 23)
 
 
+def mantissa_and_exponent(x: tirx.Expr) -> tuple[tirx.Expr, tirx.Expr]:
+    """Return m in float32, from the root of 1/2 to that of 2, and n in int32: ``m 2**n = x``.
+
+    ``x`` is normal and positive; of all that lies below, the smallest normal number is taken, and
+    of what is infinite or NaN something finite.
+    """
+    bits = tirx.max(tirx.const(_NORMAL, "int32"), tirx.reinterpret("int32", x))
+    n = (bits - tirx.const(_ROOT_HALF, "int32")) >> 23
+    return tirx.reinterpret("float32", bits - (n << 23)), n
+
+
+def log(x: tirx.Expr) -> tirx.Expr:
+    """Return the natural logarithm in float32 without a call, within 2 ulp (Cephes' logf).
+
+    That of 0 is -inf, of what is negative NaN; of a denormal, -inf where the processor takes it for
+    0, as in packages, else that of the smallest normal number. ``log(2) = 0.693147``.
+    """
+    mantissa, n = mantissa_and_exponent(x)
+    power = n.astype("float32")
+    f = mantissa - _const(1.0)
+    square = f * f
+    rest = f * square * _horner(_LOG, f) + power * _const(_LN2_LOW) - square * _const(0.5)
+    value = f + rest + power * _const(_LN2_HIGH)
+    nan = tirx.reinterpret("float32", tirx.const(_NAN, "int32"))
+    below = tirx.Select(x.equal(_const(0.0)), _const(-math.inf), nan)
+    return tirx.Select(x > 0, tirx.Select(x < _const(math.inf), value, x), below)
+
+
 def sigmoid(x: tirx.Expr) -> tirx.Expr:
     """Return ``1 / (1 + e ** -x)``."""
     return _const(1.0) / (_const(1.0) + exp(-x))
@@ -227,6 +272,7 @@ ELEMENTARY_RULES: dict[str, Callable[[relax.BlockBuilder, relax.Call], relax.Exp
     "relax.maximum": partial(_legalize_extremum, topi.maximum, "maximum"),
     "relax.minimum": partial(_legalize_extremum, topi.minimum, "minimum"),
     "relax.exp": partial(_legalize, _elementwise("exp", exp), "exp"),
+    "relax.log": partial(_legalize, _elementwise("log", log), "log"),
     "relax.sigmoid": partial(_legalize, _elementwise("sigmoid", sigmoid), "sigmoid"),
     "relax.nn.silu": partial(_legalize, _elementwise("silu", lambda x: x * sigmoid(x)), "silu"),
     "relax.erf": partial(_legalize, _elementwise("erf", erf), "erf"),
