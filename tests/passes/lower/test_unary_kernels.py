@@ -71,10 +71,11 @@ FUNCTIONS = [
     Function(op="PRelu", constants=(0.25,)),
     *(
         Function(op="Pow", id=f"pow_{power}", constants=(power,))
-        for power in (0.0, 1.0, 2.0, 3.0, -1.0, -2.0, 1.7)
+        for power in (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, -1.0, -2.0, -3.0, 1.7, -2.5, 40.0)
     ),
-    # A square root gives NaN for -inf, where C's pow gives inf.
+    # A square root gives NaN for -inf, where C's pow gives inf, and 0 for 1 over it.
     Function(op="Pow", id="pow_0.5", constants=(0.5,), least=-MOST),
+    Function(op="Pow", id="pow_-0.5", constants=(-0.5,), least=-MOST),
 ]
 
 
