@@ -1,10 +1,10 @@
-"""Lowers sums, means, extrema and variances to vector partial sums, whatever the extent.
+"""Lowers sums, means, products, extrema and variances to vector partial sums, whatever the extent.
 
-Rewrites ``relax.sum``, ``mean``, ``max``, ``min``, ``variance`` and ``std`` in float32. Where the
-contiguous axis is reduced, a vector of partial results runs along it, and the elements that fill
-no vector are combined at the end (blocks ``row_...``); elsewhere whole vectors of the contiguous
-axis are reduced side by side (blocks ``col_...``). Runs before fusion. Numerics: sums may be taken
-in another order.
+Rewrites ``relax.sum``, ``mean``, ``prod``, ``max``, ``min``, ``variance`` and ``std`` in float32.
+Where the contiguous axis is reduced, a vector of partial results runs along it, and the elements
+that fill no vector are combined at the end (blocks ``row_...``); elsewhere whole vectors of the
+contiguous axis are reduced side by side (blocks ``col_...``). Runs before fusion. Numerics: sums
+and products may be taken in another order.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class Reducer:
 SUM = Reducer(along=te.sum, both=lambda a, b: a + b)
 MAX = Reducer(along=te.max, both=tirx.max)
 MIN = Reducer(along=te.min, both=tirx.min)
+PRODUCT = Reducer(
+    along=te.comm_reducer(lambda a, b: a * b, lambda dtype: tirx.const(1, dtype), name="product"),
+    both=lambda a, b: a * b,
+)
 
 
 def _tree(values: list[tirx.Expr], both: Callable[[tirx.Expr, tirx.Expr], tirx.Expr]) -> tirx.Expr:
@@ -222,7 +226,7 @@ def _statistic(
     """Return a statistic of ``x`` along axes in the shape that the operator gives it."""
     extents = [int(extent) for extent in x.shape]
     prefix = "row" if _trailing(axes, len(extents)) else "col"
-    reducer = {"max": MAX, "min": MIN}.get(kind, SUM)
+    reducer = {"max": MAX, "min": MIN, "prod": PRODUCT}.get(kind, SUM)
     share = tirx.const(1 / math.prod(extents[axis] for axis in axes), "float32")
     value = _reduce(lambda i, _: x[i], extents, axes, reducer, lanes=lanes)
 
@@ -280,5 +284,5 @@ def legalize_statistic(
     return value
 
 
-STATISTICS = ("sum", "mean", "max", "min", "variance", "std")
+STATISTICS = ("sum", "mean", "prod", "max", "min", "variance", "std")
 """Relax operators that `legalize_statistic` knows."""

@@ -125,7 +125,7 @@ def test_mean_equals_the_oracle_along_any_axes(
 
 
 @pytest.mark.parametrize("axes", [[-1], [1], [0, 2]], ids=str)
-@pytest.mark.parametrize("kind", ["sum", "max", "min", "variance", "std"])
+@pytest.mark.parametrize("kind", ["sum", "prod", "max", "min", "variance", "std"])
 def test_statistic_equals_the_oracle(
     kind: str, axes: list[int], run_op: RunOp, rng: np.random.Generator
 ) -> None:
