@@ -31,6 +31,7 @@ from .pool2d import legalize_avg_pool2d, legalize_max_pool2d
 from .powers import legalize_power
 from .products import legalize_product
 from .reductions import STATISTICS, legalize_statistic
+from .resize2d import legalize_resize2d
 from .weight_only import legalize_decode
 from .weight_only import rules as weight_only_rules
 
@@ -97,6 +98,7 @@ class LegalizeForCPU:
             "relax.nn.attention_bias": partial(legalize_attention, self._machine),
             "relax.nn.max_pool2d": legalize_max_pool2d,
             "relax.nn.avg_pool2d": legalize_avg_pool2d,
+            "relax.image.resize2d": legalize_resize2d,
             "relax.nn.softmax": partial(legalize_softmax, False, self._machine),
             "relax.nn.log_softmax": partial(legalize_softmax, True, self._machine),
             "relax.nn.layer_norm": partial(legalize_layer_norm, True, self._machine),

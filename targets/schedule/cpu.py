@@ -22,6 +22,7 @@ from .generic import schedule_generic
 from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
 from .matrix import schedule_matrices
+from .resize import schedule_resize
 from .rows import schedule_columns, schedule_rows
 from .single_row import schedule_single_row
 from .tiles import schedule_tiles
@@ -44,7 +45,7 @@ class Decision:
     rule : str
         ``conv2d``, ``dense``, ``single_row``, ``batch_matmul``, ``attention``, ``window``,
         ``bands``, ``winograd``, ``rows``, ``columns``, ``weight_only``, ``tiles``, ``copies``,
-        ``matrices``, ``generic``, ``record`` or ``none``.
+        ``matrices``, ``resize``, ``generic``, ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
     """
@@ -71,6 +72,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("matrix_acc", "matrices"),
         ("wino_acc", "winograd"),
         ("attn_acc", "attention"),
+        ("resize_out", "resize"),
         ("row_total", "rows"),
         ("col_", "columns"),
     ):
@@ -90,6 +92,7 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "generic": schedule_generic,
         "attention": schedule_attention,
         "bands": schedule_bands,
+        "resize": schedule_resize,
         "rows": schedule_rows,
         "columns": schedule_columns,
         "winograd": schedule_winograd,

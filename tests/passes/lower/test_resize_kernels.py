@@ -1,0 +1,115 @@
+"""Resizing in both layouts against numpy: every coordinate and rounding mode, up and down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from tvm import relax
+
+RunOp = Callable[..., tuple[np.ndarray, list[str]]]
+
+SIZES = [
+    ((3, 3, 7, 5), (11, 13)),
+    ((3, 17, 11, 13), (7, 5)),
+    ((1, 17, 1, 1), (5, 3)),
+    ((2, 3, 7, 5), (1, 1)),
+    ((1, 17, 9, 7), (18, 21)),
+    ((1, 33, 10, 12), (5, 4)),
+]
+MODES = ["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel", "tf_half_pixel_for_nn"]
+ROUNDINGS = {
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "round_prefer_floor": lambda p: math.ceil(p - Fraction(1, 2)),
+    "round_prefer_ceil": lambda p: math.floor(p + Fraction(1, 2)),
+}
+
+
+def positions(source: int, target: int, mode: str) -> list[Fraction]:
+    """Return the position in the input of each element, as ONNX defines it."""
+    half, scale = Fraction(1, 2), Fraction(source, target)
+    return [
+        {
+            "half_pixel": (o + half) * scale - half,
+            "asymmetric": o * scale,
+            "align_corners": Fraction(o * (source - 1), max(target - 1, 1)),
+            "pytorch_half_pixel": (o + half) * scale - half if target > 1 else Fraction(0),
+            "tf_half_pixel_for_nn": (o + half) * scale,
+        }[mode]
+        for o in range(target)
+    ]
+
+
+def matrix(
+    source: int, target: int, mode: str, method: str, rounding: str, exclude: bool = False
+) -> np.ndarray:
+    """Return the weights ``[target, source]`` of one axis."""
+    result = np.zeros((target, source))
+    alpha = -0.75
+    for o, p in enumerate(positions(source, target, mode)):
+        below, t = math.floor(p), float(p - math.floor(p))
+        if method == "nearest_neighbor":
+            taps = {ROUNDINGS[rounding](p): 1.0}
+        elif method == "linear":
+            taps = {below: 1 - t, below + 1: t}
+        else:
+            taps = {}
+            for index in range(below - 1, below + 3):
+                d = abs(float(p - index))
+                if d <= 1:
+                    taps[index] = (alpha + 2) * d**3 - (alpha + 3) * d**2 + 1
+                else:
+                    taps[index] = alpha * (d**3 - 5 * d**2 + 8 * d - 4)
+            if exclude:
+                taps = {i: w for i, w in taps.items() if 0 <= i < source}
+                taps = {i: w / sum(taps.values()) for i, w in taps.items()}
+        for index, weight in taps.items():
+            result[o, min(max(index, 0), source - 1)] += weight
+    return result
+
+
+def resized(
+    x: np.ndarray, size: tuple[int, int], mode: str, method: str, rounding: str = "floor",
+    exclude: bool = False,
+) -> np.ndarray:  # fmt: skip
+    rows, columns = (
+        matrix(n, m, mode, method, rounding, exclude)
+        for n, m in zip(x.shape[2:], size, strict=True)
+    )
+    return np.einsum("nchw,yh,xw->ncyx", x.astype("float64"), rows, columns)
+
+
+def check(
+    run_op: RunOp, data: np.ndarray, size: tuple[int, int], layout: str, method: str,
+    mode: str, rounding: str = "floor", exclude: bool = False,
+) -> None:  # fmt: skip
+    given = data if layout == "NCHW" else data.transpose(0, 2, 3, 1).copy()
+    actual, rules = run_op(
+        lambda v: relax.op.image.resize2d(
+            v, size, layout=layout, method=method, coordinate_transformation_mode=mode,
+            rounding_method=rounding, cubic_alpha=-0.75, cubic_exclude=int(exclude),
+        ),
+        given,
+    )  # fmt: skip
+    assert rules == ["resize"]
+    exact = resized(data, size, mode, method, rounding, exclude)
+    exact = exact if layout == "NCHW" else exact.transpose(0, 2, 3, 1)
+    if method == "nearest_neighbor":
+        np.testing.assert_array_equal(actual, exact)
+    else:
+        np.testing.assert_allclose(actual, exact, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(("shape", "size"), SIZES, ids=str)
+@pytest.mark.parametrize("method", ["nearest_neighbor", "linear", "cubic"])
+def test_resizing_equals_the_oracle(
+    method: str, shape: tuple[int, ...], size: tuple[int, int], layout: str,
+    run_op: RunOp, rng: np.random.Generator,
+) -> None:  # fmt: skip
+    data = rng.standard_normal(shape).astype("float32")
+    check(run_op, data, size, layout, method, "half_pixel", "round_prefer_floor")
