@@ -1,11 +1,11 @@
 """Lowers exp, log, erf, tanh and what is built of them to polynomials that vectorize.
 
 Rewrites ``relax.exp``, ``relax.log``, ``relax.erf``, ``relax.tanh``, ``relax.sigmoid``,
-``relax.nn.silu`` and ``relax.nn.gelu`` in float32; LLVM would call the C library once for each element. Writes
-``relax.nn.relu``, ``relax.clip``, ``relax.sign`` and extrema with constants so that a NaN stays
-one, as in onnxruntime. Runs at legalization. Numerics: relative error of exp at most 3e-7, absolute
-error of erf and tanh at most 5e-7, log within 2 ulp (tested against float64); a NaN stays one
-everywhere, and infinities give the limits.
+``relax.nn.silu`` and ``relax.nn.gelu`` in float32; LLVM would call the C library once for each
+element. Writes ``relax.nn.relu``, ``relax.clip``, ``relax.sign`` and extrema with constants so that
+a NaN stays one, as in onnxruntime. Runs at legalization. Numerics: relative error of exp at most
+3e-7, absolute error of erf and tanh at most 5e-7, log within 2 ulp (tested against float64); a NaN
+stays one everywhere, and infinities give the limits.
 """
 
 from __future__ import annotations
@@ -182,6 +182,15 @@ def log(x: tirx.Expr) -> tirx.Expr:
     nan = tirx.reinterpret("float32", tirx.const(_NAN, "int32"))
     below = tirx.Select(x.equal(_const(0.0)), _const(-math.inf), nan)
     return tirx.Select(x > 0, tirx.Select(x < _const(math.inf), value, x), below)
+
+
+def is_number(x: tirx.Expr) -> tirx.Expr:
+    """Say whether a float32 is no NaN.
+
+    TVM's simplifier takes ``x == x`` for true, in floats too; it does not look through the bits.
+    """
+    size = tirx.reinterpret("int32", x) & tirx.const(0x7FFFFFFF, "int32")
+    return size <= tirx.const(0x7F800000, "int32")
 
 
 def sigmoid(x: tirx.Expr) -> tirx.Expr:

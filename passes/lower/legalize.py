@@ -18,6 +18,7 @@ from hone.passes.quantize.legalize import rules as integer_rules
 from hone.targets.schedule.machine import Machine
 
 from .anchors import default_legalization, is_constant
+from .arg_extremum import GREATEST, LEAST, legalize_arg_extremum
 from .attention import legalize_attention
 from .computed_weights import legalize_computed_conv2d
 from .conv2d import legalize_conv2d
@@ -109,6 +110,8 @@ class LegalizeForCPU:
                 f"relax.{kind}": partial(legalize_statistic, kind, self._machine)
                 for kind in STATISTICS
             },
+            "relax.argmax": partial(legalize_arg_extremum, GREATEST, self._machine),
+            "relax.argmin": partial(legalize_arg_extremum, LEAST, self._machine),
             **ELEMENTARY_RULES,
             "relax.power": legalize_power,
             **integer_rules(self._machine),

@@ -16,7 +16,7 @@ from functools import partial
 from tvm import relax, te, tirx
 
 from .anchors import default_legalization, is_constant
-from .elementary import mantissa_and_exponent
+from .elementary import is_number, mantissa_and_exponent
 
 # log(m) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...) with s = (m - 1) / (m + 1), |s| <= 0.172: what is left
 # out is below 2e-12. In units of log2(e), the highest power first.
@@ -65,12 +65,6 @@ def _exp2(x: tirx.Expr) -> tirx.Expr:
     return (_horner(_EXP2, clipped - n) * power).astype("float32")
 
 
-def _is_number(x: tirx.Expr) -> tirx.Expr:
-    # TVM's simplifier takes x == x for true, in floats too; it does not look through the bits.
-    size = tirx.reinterpret("int32", x) & tirx.const(0x7FFFFFFF, "int32")
-    return size <= tirx.const(0x7F800000, "int32")
-
-
 def power(x: tirx.Expr, y: tirx.Expr) -> tirx.Expr:
     """Return ``x ** y`` in float32 without a call, as C's ``pow``.
 
@@ -92,7 +86,7 @@ def power(x: tirx.Expr, y: tirx.Expr) -> tirx.Expr:
     nan = tirx.reinterpret("float32", tirx.const(0x7FC00000, "int32"))
     defined = tirx.any(x >= 0, whole, x.equal(_single(-math.inf)))
     value = tirx.Select(defined, value, nan)
-    known = tirx.all(_is_number(x), _is_number(y))
+    known = tirx.all(is_number(x), is_number(y))
     # Even of a NaN.
     one = tirx.any(y.equal(_single(0.0)), x.equal(_single(1.0)))
     return tirx.Select(one, _single(1.0), tirx.Select(known, value, nan))

@@ -147,7 +147,7 @@ def split_index(index: tirx.Expr, shape: Sequence[int]) -> Indices:
     return (index, *reversed(indices)) if shape else ()
 
 
-def _trailing(axes: Sequence[int], rank: int) -> int:
+def trailing(axes: Sequence[int], rank: int) -> int:
     """Return how many of the last axes are reduced."""
     count = 0
     while count < rank and rank - 1 - count in axes:
@@ -155,7 +155,7 @@ def _trailing(axes: Sequence[int], rank: int) -> int:
     return count
 
 
-def _reduce(
+def reduce_axes(
     read: Callable[[Indices, Indices], tirx.Expr],
     shape: Sequence[int],
     axes: Sequence[int],
@@ -180,7 +180,7 @@ def _reduce(
     """
     kept = [axis for axis in range(len(shape)) if axis not in axes]
     outer = [shape[axis] for axis in kept] or [1]
-    row = len(shape) - _trailing(axes, len(shape))
+    row = len(shape) - trailing(axes, len(shape))
     further = [axis for axis in axes if axis < row]
 
     def at(i: Indices, reduced: Indices, last: Indices) -> tirx.Expr:
@@ -204,7 +204,7 @@ def _reduce(
     )
 
 
-def _like(value: te.Tensor, shape: Sequence[int], prefix: str) -> te.Tensor:
+def in_shape(value: te.Tensor, shape: Sequence[int], prefix: str) -> te.Tensor:
     """Return a tensor of the same elements in a shape with other unit axes."""
     if [int(extent) for extent in value.shape] == list(shape):
         return value
@@ -225,10 +225,10 @@ def _statistic(
 ) -> te.Tensor:
     """Return a statistic of ``x`` along axes in the shape that the operator gives it."""
     extents = [int(extent) for extent in x.shape]
-    prefix = "row" if _trailing(axes, len(extents)) else "col"
+    prefix = "row" if trailing(axes, len(extents)) else "col"
     reducer = {"max": MAX, "min": MIN, "prod": PRODUCT}.get(kind, SUM)
     share = tirx.const(1 / math.prod(extents[axis] for axis in axes), "float32")
-    value = _reduce(lambda i, _: x[i], extents, axes, reducer, lanes=lanes)
+    value = reduce_axes(lambda i, _: x[i], extents, axes, reducer, lanes=lanes)
 
     def averaged(total: te.Tensor, name: str) -> te.Tensor:
         return te.compute(total.shape, lambda *i: total[i] * share, name=f"{prefix}_{name}")
@@ -242,13 +242,13 @@ def _statistic(
             distance = x[i] - mean[kept]
             return distance * distance
 
-        value = averaged(_reduce(square, extents, axes, SUM, lanes=lanes), "variance")
+        value = averaged(reduce_axes(square, extents, axes, SUM, lanes=lanes), "variance")
     if kind == "std":
         variance = value
         value = te.compute(
             variance.shape, lambda *i: tirx.sqrt(variance[i]), name=f"{prefix}_deviation"
         )
-    return _like(value, shape, prefix)
+    return in_shape(value, shape, prefix)
 
 
 def legalize_statistic(
@@ -266,7 +266,7 @@ def legalize_statistic(
     kept = [extent for axis, extent in enumerate(shape) if axis not in axes]
     # Where a kept axis follows a reduced one, unit axes between them would hide that the result
     # begins with the kept axes.
-    apart = 0 < _trailing(axes, len(shape)) < len(axes)
+    apart = 0 < trailing(axes, len(shape)) < len(axes)
     value = bb.call_te(
         partial(
             _statistic,
