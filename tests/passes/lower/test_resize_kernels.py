@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from tvm import relax
 
+from hone.passes.apply import apply
+from hone.passes.graph.convert_layout import ToNHWC
+
 RunOp = Callable[..., tuple[np.ndarray, list[str]]]
 
 SIZES = [
@@ -113,3 +116,97 @@ def test_resizing_equals_the_oracle(
 ) -> None:  # fmt: skip
     data = rng.standard_normal(shape).astype("float32")
     check(run_op, data, size, layout, method, "half_pixel", "round_prefer_floor")
+
+
+def narrow(mode: str) -> int:
+    # TVM's constant folding divides by zero for a width of 1 and aligned corners.
+    return 2 if mode == "align_corners" else 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_every_mode_of_nearest_equals_the_oracle(
+    rounding: str, mode: str, run_op: RunOp, rng: np.random.Generator
+) -> None:
+    data = rng.standard_normal((1, 3, 6, 5)).astype("float32")
+    check(run_op, data, (9, 10), "NCHW", "nearest_neighbor", mode, rounding)
+    check(run_op, data, (4, narrow(mode)), "NHWC", "nearest_neighbor", mode, rounding)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["linear", "cubic"])
+def test_every_mode_of_interpolation_equals_the_oracle(
+    method: str, mode: str, run_op: RunOp, rng: np.random.Generator
+) -> None:
+    data = rng.standard_normal((1, 3, 6, 5)).astype("float32")
+    check(run_op, data, (9, 10), "NCHW", method, mode)
+    check(run_op, data, (4, narrow(mode)), "NHWC", method, mode)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_cubic_weights_outside_the_image_can_be_excluded(
+    layout: str, run_op: RunOp, rng: np.random.Generator
+) -> None:
+    data = rng.standard_normal((2, 3, 7, 5)).astype("float32")
+    check(run_op, data, (14, 13), layout, "cubic", "half_pixel", exclude=True)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int64", "float16"])
+def test_nearest_of_any_type_is_exact(
+    dtype: str, layout: str, run_op: RunOp, rng: np.random.Generator
+) -> None:
+    data = rng.integers(0, 100, (1, 17, 7, 5)).astype(dtype)
+    check(run_op, data, (14, 10), layout, "nearest_neighbor", "asymmetric")
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_operators_behind_join_the_kernel(
+    layout: str, run_op: RunOp, rng: np.random.Generator
+) -> None:
+    data = rng.standard_normal((1, 17, 7, 5)).astype("float32")
+    large = resized(data, (14, 15), "half_pixel", "linear")
+    other = rng.standard_normal(large.shape).astype("float32")
+    exact = np.maximum(large + other, 0)
+    order = (0, 1, 2, 3) if layout == "NCHW" else (0, 2, 3, 1)
+    actual, rules = run_op(
+        lambda x, y: relax.op.nn.relu(
+            relax.op.add(relax.op.image.resize2d(x, (14, 15), layout=layout, method="linear"), y)
+        ),
+        data.transpose(order).copy(),
+        other.transpose(order).copy(),
+    )
+    assert rules == ["resize"]
+    np.testing.assert_allclose(actual, exact.transpose(order), rtol=1e-5, atol=5e-6)
+
+
+def test_a_crop_keeps_the_legalization_of_tvm(run_op: RunOp, rng: np.random.Generator) -> None:
+    data = rng.standard_normal((1, 3, 5, 7)).astype("float32")
+    actual, rules = run_op(
+        lambda v: relax.op.image.resize2d(
+            v, (3, 4), roi=[0.0, 0.0, 0.5, 0.5], method="linear",
+            coordinate_transformation_mode="tf_crop_and_resize",
+        ),
+        data,
+    )  # fmt: skip
+    assert "resize" not in rules
+    np.testing.assert_allclose(actual[0, :, 0, 0], data[0, :, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(actual[0, :, 2, 3], data[0, :, 2, 3], rtol=1e-6)
+
+
+def test_resizing_between_convolutions_is_in_nhwc(rng: np.random.Generator) -> None:
+    x = relax.Var("x", relax.TensorType((1, 4, 5, 7), "float32"))
+    weight = relax.const(rng.standard_normal((4, 4, 3, 3)).astype("float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            small = builder.emit(relax.op.nn.conv2d(x, weight, padding=1))
+            large = builder.emit(relax.op.image.resize2d(small, (10, 14), method="linear"))
+            result = builder.emit_output(relax.op.nn.conv2d(large, weight, padding=1))
+        builder.emit_func_output(result)
+    module = apply(builder.get(), ToNHWC())
+    calls = [binding.value for binding in module["main"].body.blocks[0].bindings]
+    names = [str(call.op.name) for call in calls]
+    assert names.count("relax.permute_dims") == 2
+    (call,) = [call for call in calls if call.op.name == "relax.image.resize2d"]
+    assert call.attrs.layout == "NHWC"
