@@ -26,7 +26,7 @@ from hone.targets.target import resolve
 THREADS = 2
 RULES = {
     *("conv2d", "winograd", "window", "dense", "batch_matmul", "attention", "rows", "columns"),
-    *("bands", "generic"),
+    *("bands", "resize", "generic"),
 }
 
 
@@ -188,6 +188,12 @@ CASES = [
     one("resize", "Resize", (2, 3, 7, 5), weights=(NONE, NONE, ints(2, 3, 11, 13)),
         mode="linear"),
     one("resize", "Resize", (1, 3, 5, 7), weights=(NONE, NONE, ints(1, 3, 8, 4)), mode="cubic"),
+    # Between convolutions, in NHWC.
+    *(Case(kind="resize", inputs=((3, 17, 7, 5),), nodes=(
+        Node(op="Conv", weights=((19, 17, 1, 1),)),
+        Node(op="Resize", weights=(NONE, NONE, ints(3, 19, *size)), attributes={"mode": mode}),
+        Node(op="Conv", weights=((5, 19, 1, 1),))))
+      for mode, size in (("nearest", (11, 13)), ("linear", (14, 15)), ("cubic", (4, 3)))),
     one("concat", "Concat", (1, 7, 5, 37), (1, 7, 5, 11), axis=3),
     one("concat", "Concat", (2, 3, 5, 7), (2, 8, 5, 7), axis=1),
     one("copy", "Transpose", (2, 37, 3, 17), perm=[0, 3, 1, 2]),
