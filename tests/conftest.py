@@ -1,9 +1,10 @@
-"""What every test needs: telemetry off, seeded inputs."""
+"""What every test needs: telemetry off, Ctrl-C heard, seeded inputs."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ import numpy as np
 import pytest
 
 import hone  # noqa: F401  (fixes TVM's threads before anything loads TVM)
+
+
+def pytest_configure() -> None:
+    # A shell that starts a command in the background has it ignore SIGINT, which tests send.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
