@@ -32,6 +32,7 @@ from .pool2d import legalize_avg_pool2d, legalize_max_pool2d
 from .powers import legalize_power
 from .products import legalize_product
 from .reductions import STATISTICS, legalize_statistic
+from .repeat import legalize_tile
 from .resize2d import legalize_resize2d
 from .weight_only import legalize_decode
 from .weight_only import rules as weight_only_rules
@@ -112,6 +113,7 @@ class LegalizeForCPU:
             },
             "relax.argmax": partial(legalize_arg_extremum, GREATEST, self._machine),
             "relax.argmin": partial(legalize_arg_extremum, LEAST, self._machine),
+            "relax.tile": legalize_tile,
             **ELEMENTARY_RULES,
             "relax.power": legalize_power,
             **integer_rules(self._machine),

@@ -112,3 +112,32 @@ def test_index_that_chooses_between_mirrored_and_own_rows_is_exact(
     np.testing.assert_array_equal(
         actual, np.pad(x, ((0, 0), (2, 3), (4, 1), (0, 0)), mode="reflect")
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "repeats"),
+    [
+        ((1, 3, 7, 28), (1, 1, 2, 2)),
+        ((2, 5), (3, 1)),
+        ((37,), (4,)),
+        ((3, 5), (5, 5)),
+        ((1, 16), (9, 2)),
+        ((2, 3), (1, 1)),
+        ((4,), (2, 3)),
+    ],
+    ids=str,
+)
+def test_tiling_is_exact(
+    shape: tuple[int, ...], repeats: tuple[int, ...], run_op: RunOp, rng: np.random.Generator
+) -> None:
+    x = rng.standard_normal(shape).astype("float32")
+    actual, _ = run_op(lambda v: relax.op.tile(v, list(repeats)), x)
+    np.testing.assert_array_equal(actual, np.tile(x, repeats))
+
+
+@pytest.mark.parametrize("columns", [5, 37, 64, 256])
+def test_gathered_rows_are_exact(columns: int, run_op: RunOp, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((19, columns)).astype("float32")
+    index = rng.integers(0, 19, 40)
+    actual, _ = run_op(lambda v: relax.op.take(v, relax.const(index), axis=0), x)
+    np.testing.assert_array_equal(actual, x[index])
