@@ -14,6 +14,7 @@ from tvm.ir import Op
 
 from hone.passes.graph.dataflow import Dataflow, layer_of
 
+from .level_moves import picks_elements
 from .site import WEIGHTED, Kind, Site
 
 
@@ -22,7 +23,7 @@ def keeps_levels(call: relax.Call) -> bool:
     if call.op == _MAX_POOL2D:
         return str(call.attrs.layout) == "NHWC" and str(call.attrs.out_layout or "NHWC") == "NHWC"
     if call.op == _RESIZE:
-        return str(call.attrs.method) == "nearest_neighbor"
+        return picks_elements(call)
     return call.op in _MOVES or call.op == _RELU
 
 

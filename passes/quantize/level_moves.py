@@ -88,6 +88,10 @@ class LevelMoves:
             )
             new = self._rebuilder.emit(pooled, name)
             return LevelTensor(var=new, layout=Layout.NHWC, levels=given.levels)
+        if call.op == _RESIZE:
+            data = self._layouts.as_layout(given, Layout.NHWC)
+            new = self._rebuilder.emit(_resized(data, call), name)
+            return LevelTensor(var=new, layout=Layout.NHWC, levels=given.levels)
         data = self._layouts.as_layout(given, Layout.MODEL)
         if call.op == _PAD:
             zero_point = float(given.levels.zero_point)
@@ -113,6 +117,25 @@ def _moved_argument(call: relax.Call) -> relax.Expr:
     return call.args[0] if bounds is None else bounds[0]
 
 
+def picks_elements(call: relax.Call) -> bool:
+    """Tell whether a resizing gives nothing but elements of its input; a crop may fill in more."""
+    crop = str(call.attrs.coordinate_transformation_mode) == "tf_crop_and_resize"
+    return str(call.attrs.method) == "nearest_neighbor" and not crop
+
+
+def _resized(data: relax.Expr, call: relax.Call) -> relax.Expr:
+    """Return what a resizing to the nearest gives, over NHWC."""
+    attrs = call.attrs
+    return relax.op.image.resize2d(
+        data,
+        call.args[1],
+        layout="NHWC",
+        method=attrs.method,
+        coordinate_transformation_mode=attrs.coordinate_transformation_mode,
+        rounding_method=attrs.rounding_method,
+    )
+
+
 def _keeps_levels(call: relax.Call) -> bool:
     bounds = bounds_of(call)
     if bounds is not None:
@@ -121,7 +144,7 @@ def _keeps_levels(call: relax.Call) -> bool:
     if call.op == _MAX_POOL2D:
         return str(call.attrs.layout) == "NCHW" and len(shape_of(call)) == 4
     if call.op == _RESIZE:
-        return str(call.attrs.method) == "nearest_neighbor"
+        return str(call.attrs.layout) == "NCHW" and picks_elements(call)
     if call.op == _PAD:
         return str(call.attrs.pad_mode) == "constant" and float(call.attrs.pad_value) == 0
     return call.op in _MOVES

@@ -20,6 +20,7 @@ from hone.passes.quantize.quantize_int8 import Quantization
 from hone.targets.target import resolve
 
 TARGET = resolve("host")
+RESIZE = tvm.ir.Op.get("relax.image.resize2d")
 
 
 class Net:
@@ -466,6 +467,23 @@ def test_shuffle_of_channels_and_resizing_are_integer():
     result = check(net, y, level=0.1)
     assert result.skipped == ()
     assert floats(result) == ["hone.dequantize"]
+    calls = [b.value for b in Dataflow(result.module["main"]).bindings]
+    (resizing,) = [c for c in calls if getattr(c, "op", None) == RESIZE]
+    assert resizing.attrs.layout == "NHWC"
+
+
+def test_a_crop_that_fills_in_a_value_stays_float():
+    net = Net()
+    x = net.qdq(net.input(1, 4, 5, 6), 0.05, 100)
+    x = net.qdq(net.node("Conv", x, net.weight(4, 4, 1, 1)), 0.05, 100)
+    region = net.const([0, 0, -0.5, 0.2, 1, 1, 1.3, 0.8], np.float32)
+    x = net.node(
+        "Resize", x, region, "", net.const([1, 4, 7, 5], np.int64), mode="nearest",
+        coordinate_transformation_mode="tf_crop_and_resize", extrapolation_value=1.5,
+    )  # fmt: skip
+    y = net.node("Conv", net.qdq(x, 0.05, 100), net.weight(4, 4, 1, 1))
+    result = check(net, net.qdq(y, 0.1, 128), level=0.1)
+    assert "relax.image.resize2d" in floats(result)
 
 
 def test_two_activations_are_multiplied_in_float():
