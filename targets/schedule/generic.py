@@ -1,7 +1,7 @@
 """Schedules for functions without a template: elementwise chains, copies, any other reduction.
 
 Elementwise blocks whose accesses all run through memory as one are one long loop, whatever their
-extents; outer loops run in parallel where the work pays. Innermost loops are vectors where they
+extents; outer loops run in parallel where the work pays; a copy's tasks are whole rows. Innermost loops are vectors where they
 divide, else they stay plain, which LLVM vectorizes with their remainder. A copy that transposes
 goes tile by tile. Reductions are decomposed, over whole vectors where their contiguous axis is
 kept.
@@ -13,6 +13,7 @@ import math
 import operator
 
 from tvm import s_tir, tirx
+from tvm.ir.expr import TensorLoad
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from .blocks import (
@@ -32,6 +33,8 @@ from .machine import Machine
 
 # Elements of a side of a tile of a transposition: a cache line of float32.
 TILE = 16
+# With so many rows, a copy's tasks are whole ones: where a row lies is computed once for each.
+ROWS_PER_THREAD = 4
 # The fewest elements of the innermost loop of one task of a long flat loop.
 MIN_CHUNK = 256
 
@@ -98,6 +101,11 @@ def _transposed_axis(schedule: s_tir.Schedule, block: SBlockRV) -> int | None:
     return None
 
 
+def _is_copy(schedule: s_tir.Schedule, block: SBlockRV) -> bool:
+    body = schedule.get(block).body
+    return isinstance(body, tirx.BufferStore) and isinstance(body.value, TensorLoad)
+
+
 def _tile(
     schedule: s_tir.Schedule, machine: Machine, loops: list[LoopRV], axis: int
 ) -> list[LoopRV]:
@@ -137,7 +145,9 @@ def schedule_elementwise_block(schedule: s_tir.Schedule, machine: Machine, block
     if lanes >= min(machine.lanes, 4):
         rest, lane = schedule.split(last, [None, lanes])
         schedule.vectorize(lane)
-        outer.append(rest)
+        rows = math.prod(int(schedule.get(loop).extent) for loop in outer)
+        if not (_is_copy(schedule, block) and rows >= ROWS_PER_THREAD * machine.threads):
+            outer.append(rest)
     elif not outer and work >= MIN_PARALLEL_CYCLES:
         # One long loop that no vector divides: tasks by a divisor, or else with a guard.
         parts = next(
