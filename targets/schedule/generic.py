@@ -1,9 +1,9 @@
 """Schedules for functions without a template: elementwise chains, copies, any other reduction.
 
 Elementwise blocks whose accesses all run through memory as one are one long loop, whatever their
-extents; outer loops run in parallel where the work pays; a copy's tasks are whole rows. Innermost loops are vectors where they
-divide, else they stay plain, which LLVM vectorizes with their remainder. A copy that transposes
-goes tile by tile. Reductions are decomposed, over whole vectors where their contiguous axis is
+extents; outer loops run in parallel where the work pays, a copy's by whole rows. Innermost loops
+are vectors where they divide, else they stay plain, which LLVM vectorizes with their remainder. A
+copy that transposes goes tile by tile. Reductions are decomposed, over whole vectors where their contiguous axis is
 kept.
 """
 

@@ -12,7 +12,7 @@ RunOp = Callable[..., tuple[np.ndarray, list[str]]]
 
 LEAST = float(np.finfo(np.float32).tiny)
 MOST = float(np.finfo(np.float32).max)
-# The second power is that of the first element: a row of them is no whole number of vectors.
+# As bases and as exponents; 28 are no whole number of vectors.
 ENDS = np.array(
     [
         *(np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 0.5, -0.5, 2.5),
