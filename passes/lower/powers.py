@@ -1,11 +1,11 @@
 """Lowers powers in float32: products and roots where the exponent allows, else 2**(y log2 x).
 
 Rewrites ``relax.power``. Small whole exponents and 1/2 are products, a square root and a division.
-Others go through float64, whose 53 bits hold ``y log2(x)`` with the 8 bits before the
-point that a float32 result has and 30 behind it: LLVM makes vectors of it, where C's ``powf`` is a
-call for each element. Runs at legalization. Numerics: relative error at most 4e-7 (tested against
-float64); zeros, infinities, NaN and negative bases as in C (IEEE 754-2008, 9.2.1), but for
-roots: of -inf they are NaN, and sqrt(-0) is -0.
+Others go through float64, whose 53 bits hold ``y log2(x)`` with the 8 bits before the point that a
+float32 result has and 30 behind it: LLVM makes vectors of it, where C's ``powf`` is a call for each
+element. Runs at legalization. Numerics: relative error at most 4e-7 (tested against float64);
+zeros, infinities, NaN and negative bases as in C (IEEE 754-2008, 9.2.1), but for roots: of -inf
+they are NaN, and sqrt(-0) is -0.
 """
 
 from __future__ import annotations

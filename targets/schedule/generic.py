@@ -3,8 +3,8 @@
 Elementwise blocks whose accesses all run through memory as one are one long loop, whatever their
 extents; outer loops run in parallel where the work pays, a copy's by whole rows. Innermost loops
 are vectors where they divide, else they stay plain, which LLVM vectorizes with their remainder. A
-copy that transposes goes tile by tile. Reductions are decomposed, over whole vectors where their contiguous axis is
-kept.
+copy that transposes goes tile by tile. Reductions are decomposed, over whole vectors where their
+contiguous axis is kept.
 """
 
 from __future__ import annotations

@@ -77,12 +77,20 @@ def test_power_by_computed_exponents_rounds_within_one_unit(
     assert units.max() <= 1
 
 
+@pytest.mark.parametrize("exponent", [np.inf, -np.inf, np.nan, 0.0, 1e30])
+def test_power_by_a_constant_end_is_that_of_c(exponent: float, run_op: RunOp) -> None:
+    with np.errstate(all="ignore"):
+        exact = np.power(ENDS, np.float32(exponent))
+    actual, _ = run_op(lambda v: relax.op.power(v, relax.const(exponent, "float32")), ENDS)
+    np.testing.assert_array_equal(actual, exact)
+
+
 def test_power_of_everything_by_everything_is_that_of_c(run_op: RunOp) -> None:
     base = ENDS.reshape(-1, 1)
     with np.errstate(all="ignore"):
         exact = np.power(base, ENDS)
     actual, _ = run_op(relax.op.power, base, ENDS)
-    exact[np.abs(exact) < LEAST] *= 0
-    actual = np.where(np.abs(actual) < LEAST, actual * 0, actual)
+    for values in (exact, actual := actual.copy()):
+        values[np.abs(values) < LEAST] *= 0
     np.testing.assert_allclose(actual, exact, rtol=2e-7)
     np.testing.assert_array_equal(np.signbit(actual), np.signbit(exact) & ~np.isnan(exact))
