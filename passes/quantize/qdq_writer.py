@@ -182,7 +182,7 @@ class QdqWriter:
             var, call = following
             if levels_of_quantize(call) is not None:
                 return replace(site, output=var)
-            extended = add_bias(self._graph, site, var, call) if site.high == math.inf else None
+            extended = None if _clipped(site) else add_bias(self._graph, site, var, call)
             extended = extended or self._add_residual(site, var, call)
             if extended is None:
                 bounds = bounds_of(call)
@@ -194,8 +194,7 @@ class QdqWriter:
         return site.as_float()
 
     def _add_residual(self, site: QdqSite, var: relax.Var, call: relax.Call) -> QdqSite | None:
-        clipped = (site.low, site.high) != (-math.inf, math.inf)
-        if call.op != _ADD or site.residual is not None or clipped:
+        if call.op != _ADD or site.residual is not None or _clipped(site):
             return None
         if site.form is not None and site.form.interleaving is not None:
             return None  # the residual would have to be cut into phases
@@ -321,6 +320,11 @@ def _same_quantizations(graph: Dataflow) -> dict[relax.Var, relax.Var]:
         elif levels is not None:
             same[binding.var] = binding.var
     return same
+
+
+def _clipped(site: QdqSite) -> bool:
+    """Return whether an activation follows already: what is added comes behind it."""
+    return (site.low, site.high) != (-math.inf, math.inf)
 
 
 def _scalars(levels: Levels) -> tuple[relax.Expr, relax.Expr]:

@@ -203,6 +203,19 @@ def test_activation_joins_the_convolution_before_it(activation, bounds):
     assert floats(result) == ["hone.dequantize"]
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_constant_added_behind_an_activation_stays_behind_it(quantized):
+    net = Net()
+    x = net.qdq(net.input(1, 4, 6, 6), 0.02, 128)
+    y = net.node("Relu", net.node("Conv", x, net.weight(8, 4, 3, 3), net.bias(8)))
+    y = net.node("Add", y, net.const(-0.5, np.float32))
+    if quantized:
+        result = check(net, net.qdq(y, 0.05, 128), level=0.05)
+    else:
+        result = check(net, y, level=2e-4, share=1)  # half a step of the bias
+    assert kinds(result) == ["conv2d"]
+
+
 def test_residual_joins_the_convolution_when_nothing_is_rounded_between():
     net = Net()
     x = net.qdq(net.input(1, 4, 6, 6), 0.02, 128)
@@ -443,6 +456,20 @@ def test_gate_of_channels_is_integer():
         *("mean", "conv2d", "table", "multiply", "conv2d", "table", "multiply", "conv2d"),
     ]
     assert floats(result) == ["hone.dequantize"]
+
+
+def test_residual_of_shuffled_channels_is_added_as_it_lies():
+    net = Net()
+    x = net.qdq(net.input(1, 8, 6, 5), 0.02, 128)
+    x = net.qdq(net.node("Conv", x, net.weight(8, 8, 1, 1)), 0.05, 128)
+    y = net.node("Reshape", x, net.const([1, 2, 4, 6, 5], np.int64))
+    y = net.node("Transpose", y, perm=[0, 2, 1, 3, 4])
+    y = net.qdq(net.node("Reshape", y, net.const([1, 8, 6, 5], np.int64)), 0.05, 128)
+    y = net.node("MaxPool", y, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    y = net.qdq(y, 0.05, 128)
+    z = net.qdq(net.node("Conv", y, net.weight(8, 8, 1, 1), net.bias(8)), 0.2, 100)
+    z = net.node("Conv", z, net.weight(8, 8, 1, 1), net.bias(8))
+    check(net, net.qdq(net.node("Add", z, y), 0.4, 120), level=0.4, share=0.03)
 
 
 def test_shuffle_of_channels_and_resizing_are_integer():
