@@ -17,6 +17,8 @@ from .dataflow import shape_of
 
 CHANNEL = -1
 """Labels an axis of channels; the others are counted from 0 in the order of N, H, W."""
+IMAGE_AXES = (1, 3)
+"""Where the channels of an image may lie: NCHW, NHWC."""
 
 
 @dataclass(frozen=True, kw_only=True)

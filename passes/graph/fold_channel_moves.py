@@ -16,14 +16,25 @@ import tvm
 from tvm import relax
 from tvm.ir import Op
 
-from .channel_gather import CHANNEL, ChannelGather, Source, joined, runs
+from hone.targets.schedule.boxes import MOST_BOXES
+
+from .channel_gather import IMAGE_AXES, ChannelGather, Source, joined, runs
 from .channel_operators import (
     channel_axis,
     in_order,
     is_dense_convolution,
     is_free_of_order,
 )
-from .dataflow import PART, Dataflow, Rebuilder, is_dataflow, layer_of, shape_of, with_args
+from .dataflow import (
+    PART,
+    Dataflow,
+    Rebuilder,
+    is_dataflow,
+    layer_of,
+    shape_of,
+    variables,
+    with_args,
+)
 
 Value = ChannelGather | tuple["Value | None", ...]
 """What a variable holds: channels, or a tuple of tensors."""
@@ -75,12 +86,18 @@ class _Writer:
         free: dict[relax.Var, bool] = {}
         for binding in reversed(self._graph.bindings):
             users = self._graph.users.get(binding.var, [])
-            free[binding.var] = all(u is not None and self._is_content(u, free) for u in users)
+            free[binding.var] = all(
+                u is not None and self._is_content(binding.var, u, free) for u in users
+            )
         return free
 
-    def _is_content(self, user: relax.Var, free: dict[relax.Var, bool]) -> bool:
+    def _is_content(self, var: relax.Var, user: relax.Var, free: dict[relax.Var, bool]) -> bool:
         """Tell whether who reads a tensor takes its channels in any order."""
         value = self._graph.definition[user]
+        if isinstance(value, relax.Call) and any(
+            var.same_as(read) for operand in value.args[1:] for read in variables(operand)
+        ):
+            return False  # Such as a residual, which is added as it lies.
         if isinstance(value, relax.Call) and is_dense_convolution(self._graph, value):
             return self._image(value, channel_axis(value)) is not None
         if not isinstance(value, relax.Call) or value.op in _MOVES:
@@ -105,8 +122,8 @@ class _Writer:
             axis = channel_axis(value)
             if axis is None and is_free_of_order(self._graph, value):
                 held = self._held(value.args[0])
-                if isinstance(held, ChannelGather) and held.axes.count(CHANNEL) == 1:
-                    axis = held.axes.index(CHANNEL)
+                if isinstance(held, ChannelGather):
+                    axis = next((a for a in IMAGE_AXES if held.is_image(a)), None)
             if axis is not None:
                 self._axes[var] = axis
 
@@ -188,6 +205,8 @@ class _Writer:
         if not permuted and ((in_place and held.moves <= 1) or not self._free[call.args[0]]):
             # Nothing is gained: it is one move, or made anyway for somebody who minds its order.
             return False
+        if not permuted and len(runs(held.flat[order])) > MOST_BOXES:
+            return False  # So many slices, of channels that occur twice, are no plain copies.
         data = self._materialized(held, axis, layer_of(var))
         arguments = in_order(self._graph, call, axis, order)
         new = self._builder.bind(var, with_args(call, [data, *arguments]))

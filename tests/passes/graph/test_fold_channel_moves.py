@@ -135,6 +135,19 @@ def test_channels_that_occur_twice_keep_their_weights(rng: np.random.Generator) 
     np.testing.assert_allclose(run(new, x)[0], run(old, x)[0], rtol=1e-5, atol=1e-4)
 
 
+def test_operator_between_two_transpositions_keeps_its_axes(rng: np.random.Generator) -> None:
+    def before(emit: Emit, x: relax.Var) -> relax.Expr:
+        y = emit(relax.op.concat([pointwise(emit, x, 4), pointwise(emit, x, 4)], axis=1))
+        y = emit(relax.op.nn.relu(emit(relax.op.permute_dims(y, [0, 2, 1, 3]))))
+        y = emit(relax.op.permute_dims(y, [0, 2, 1, 3]))
+        return relax.op.nn.conv2d(y, weight(3, 8, 1, 1))
+
+    old = module((1, 3, 4, 4), before)
+    x = rng.standard_normal((1, 3, 4, 4)).astype("float32")
+    new = apply(old, FoldChannelMoves())
+    np.testing.assert_allclose(run(new, x)[0], run(old, x)[0], rtol=1e-5, atol=1e-4)
+
+
 def _shuffle_is_returned(emit: Emit, x: relax.Var) -> relax.Expr:
     y = unit(emit, pointwise(emit, x, 4), pointwise(emit, x, 4))
     return relax.op.nn.relu(y)
@@ -187,10 +200,15 @@ def _somebody_minds(emit: Emit, x: relax.Var) -> relax.Expr:
     return relax.op.add(emit(relax.op.nn.conv2d(y, weight(8, 8, 1, 1))), y)
 
 
+def _each_channel_twice(emit: Emit, x: relax.Var) -> relax.Expr:
+    y = pointwise(emit, x, 32)  # Side by side that is a slice for each of them.
+    return relax.op.nn.conv2d(unit(emit, y, y), weight(3, 64, 1, 1))
+
+
 REJECTED = [
     _shuffle_is_returned, _weights_are_computed, _grouped, _plain_join, _rows_are_swapped,
     _rows_become_channels, _joined_along_rows, _strided, _added_to_another,
-    _somebody_minds,
+    _somebody_minds, _each_channel_twice,
 ]  # fmt: skip
 
 
