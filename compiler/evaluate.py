@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ class Quality:
     accuracy : float or None
         Top-1 as a fraction in [0, 1]; None without labels.
     output_error : float or None
-        ``max |y - reference| / max |reference|`` over all samples and outputs; None without a
-        reference.
+        ``max |y - reference| / max |reference|`` over all samples and outputs, infinite where
+        only one of the two is a finite number; None without a reference.
     samples : int
         Single samples evaluated.
     """
@@ -66,13 +67,22 @@ def top1(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def relative_error(actual: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> float:
-    """Return the largest ``max |y - reference| / max |reference|`` of all outputs."""
+    """Return the largest ``max |y - reference| / max |reference|`` of all outputs.
+
+    Infinite where one of the two is not a finite number and the other is something else.
+    """
     worst = 0.0
-    for name, wanted in reference.items():
-        if wanted.size == 0:
+    for name, output in reference.items():
+        if output.size == 0:
             continue
-        scale = float(np.max(np.abs(wanted.astype(np.float64)))) or 1.0
-        error = np.max(np.abs(actual[name].astype(np.float64) - wanted.astype(np.float64)))
+        wanted, found = output.astype(np.float64), actual[name].astype(np.float64)
+        finite = np.isfinite(wanted)
+        if not np.array_equal(found[~finite], wanted[~finite], equal_nan=True):
+            return math.inf
+        if not np.isfinite(found[finite]).all():
+            return math.inf
+        scale = float(np.max(np.abs(wanted[finite]), initial=0.0)) or 1.0
+        error = np.max(np.abs(found[finite] - wanted[finite]), initial=0.0)
         worst = max(worst, float(error) / scale)
     return worst
 

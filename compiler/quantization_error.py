@@ -45,7 +45,8 @@ def sqnr_db(signal: float, noise: float) -> float | None:
     """Return the signal-to-quantization-noise ratio in dB.
 
     ``10 log10(Σ x² / Σ (x - x_q)²)``: each bit less costs 6 dB. None without noise; a signal of
-    nothing but zeros with noise has the lowest finite number, -3082.6 dB or so.
+    nothing but zeros with noise has the lowest finite number, -3076.5 dB or so, and so has what is
+    not finite, such as a layer of float16 that overflows.
 
     Worked number: x = [1, 2, 2] and x_q = [1, 2, 1.7]: 10 log10(9 / 0.09) = 20 dB.
 
@@ -60,7 +61,8 @@ def sqnr_db(signal: float, noise: float) -> float | None:
     """
     if noise == 0.0:
         return None
-    return 10.0 * math.log10(max(signal / noise, np.finfo(np.float64).tiny))
+    ratio = signal / noise if math.isfinite(signal) and math.isfinite(noise) else 0.0
+    return 10.0 * math.log10(max(ratio, np.finfo(np.float64).tiny))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -197,6 +198,11 @@ def summarize(
     )
 
 
+def _finite(number: float | None) -> float | None:
+    """Return a number that JSON has, or None: the reason of a step says what was infinite."""
+    return number if number is not None and math.isfinite(number) else None
+
+
 def _row(row: Judged, measured: Measurement | None, *, has_peer: bool) -> StepRow:
     common = StepRow(
         name=row.name,
@@ -225,7 +231,7 @@ def _row(row: Judged, measured: Measurement | None, *, has_peer: bool) -> StepRo
     return common.model_copy(
         update={
             "accuracy": version.quality.accuracy,
-            "output_error": version.quality.output_error,
+            "output_error": _finite(version.quality.output_error),
             "weights_bytes": version.weights_bytes,
             "package_bytes": package.size_bytes,
             "layers": [

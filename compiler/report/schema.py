@@ -230,7 +230,8 @@ class StepRow(Row):
     accuracy: Fraction | None = Field(default=None, description="fraction of right answers")
     output_error: Annotated[float, Field(ge=0)] | None = Field(
         default=None,
-        description="relative error against the unchanged model, where no accuracy is measured",
+        description="relative error against the unchanged model, where no accuracy is measured; "
+        "absent where an output is not a number",
     )
     weights_bytes: Bytes | None = Field(
         default=None, description="as stored in the library, packing and padding included"

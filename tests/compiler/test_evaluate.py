@@ -36,6 +36,19 @@ def test_relative_error_is_the_worst_of_all_outputs() -> None:
     assert relative_error(actual, reference) == 0.25
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_output_that_is_no_number_is_an_infinite_error(broken: float) -> None:
+    reference = {"a": np.array([2.0, -4.0])}
+    assert relative_error({"a": np.array([2.0, broken])}, reference) == np.inf
+    assert relative_error(reference, {"a": np.array([2.0, broken])}) == np.inf
+
+
+def test_output_that_is_no_number_in_both_is_no_error() -> None:
+    output = {"a": np.array([np.nan, -np.inf, 4.0])}
+    assert relative_error(output, output) == 0.0
+    assert relative_error({"a": np.array([np.nan, -np.inf, 3.0])}, output) == 0.25
+
+
 def test_evaluate_runs_every_sample_and_compares_with_the_reference() -> None:
     data = Dataset(
         inputs={"x": np.array([[[1.0, 2.0]], [[4.0, 3.0]]])},

@@ -71,6 +71,11 @@ def test_sqnr_of_no_noise_is_none_and_of_no_signal_is_finite() -> None:
     assert -4000 < sqnr_db(0.0, 1.0) < -3000
 
 
+@pytest.mark.parametrize(("signal", "noise"), [(1.0, np.nan), (1.0, np.inf), (np.inf, 1.0)])
+def test_sqnr_of_what_overflows_is_the_lowest_number(signal: float, noise: float) -> None:
+    assert -4000 < sqnr_db(signal, noise) < -3000
+
+
 def test_layer_errors_equal_numpy(model: Model) -> None:
     prepared = model.with_module(apply(model.module, ToNHWC()))
     data = dataset(4)
