@@ -34,13 +34,21 @@ DEFAULT_LANES = 16
 Legalization = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
 
-def rules(machine: Machine) -> dict[str, Legalization]:
-    """Return operator name → lowering for a machine, for ``relax.transform.LegalizeOps``."""
+def rules(machine: Machine, *, compact: bool = False) -> dict[str, Legalization]:
+    """Return operator name → lowering for a machine, for ``relax.transform.LegalizeOps``.
+
+    Parameters
+    ----------
+    machine : Machine
+        Decides instructions and tiles.
+    compact : bool
+        Keep weights small: no Winograd.
+    """
     plain = _rules(partial(choose_tile, machine), machine.lanes)
     if machine.integer_dot is None:
         return plain
     return plain | {
-        "hone.conv2d_int8": partial(_dot_conv2d, machine, plain["hone.conv2d_int8"]),
+        "hone.conv2d_int8": partial(_dot_conv2d, machine, compact, plain["hone.conv2d_int8"]),
         "hone.dense_int8": partial(_dot_dense, machine, plain["hone.dense_int8"]),
     }
 
@@ -144,7 +152,11 @@ def _dense(
 
 
 def _dot_conv2d(
-    machine: Machine, plain: Legalization, bb: relax.BlockBuilder, call: relax.Call
+    machine: Machine,
+    compact: bool,
+    plain: Legalization,
+    bb: relax.BlockBuilder,
+    call: relax.Call,
 ) -> relax.Expr:
     data, _, bias, *others = call.args
     if int(call.attrs["groups"]) > 1 or str(data.ty.dtype) != "uint8":
@@ -173,17 +185,18 @@ def _dot_conv2d(
     )
     if matrices is not None:
         return matrices
-    points = winograd_lowering.lower_conv2d(
-        machine,
-        bb,
-        [data, bias, *others],
-        weight,
-        window,
-        out_dtype=_dtype(call),
-        wrap=_in_order(call),
-    )
-    if points is not None:
-        return points
+    if not compact:
+        points = winograd_lowering.lower_conv2d(
+            machine,
+            bb,
+            [data, bias, *others],
+            weight,
+            window,
+            out_dtype=_dtype(call),
+            wrap=_in_order(call),
+        )
+        if points is not None:
+            return points
     cut = dot_kernels.Rows.of(window)
     height, width = window.output
     tile = choose_dot_tile(

@@ -223,6 +223,31 @@ def test_conv2d_equals_the_oracle_for_every_instruction(
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_compact_lowering_keeps_the_direct_form_and_its_smaller_weights(compact: bool) -> None:
+    weight = np.ones((64, 3, 3, 64), np.int8)
+    arrays = {
+        "data": ((1, 56, 56, 64), "uint8"),
+        "bias": ((64,), "int32"),
+        "multiplier": ((64,), "float32"),
+        "levels": ((4,), "int32"),
+    }
+    data, *rest = (
+        relax.Var(name, relax.TensorType(shape, dtype)) for name, (shape, dtype) in arrays.items()
+    )
+    builder = relax.BlockBuilder()
+    with builder.function("main", [data, *rest]):
+        call = operators.conv2d_int8(
+            data, relax.const(weight), *rest, padding=(1, 1, 1, 1), out_dtype="uint8"
+        )
+        builder.emit_func_output(builder.emit(call))
+    machine = Machine.of(FORMS["vnni_512"], 2)
+    chosen = rules(machine, compact=compact)
+    lowered = apply(builder.get(), relax.transform.LegalizeOps(chosen))
+    names = [variable.name_hint for variable in lowered.get_global_vars()]
+    assert any("winograd" in name for name in names) is not compact
+
+
 def resnet_layer(side: int, channels: int) -> tuple[Window, np.ndarray]:
     window = Window(
         shape=(1, side, side, channels),
