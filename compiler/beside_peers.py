@@ -88,7 +88,8 @@ def measure_beside_peers(
         measured = measure(
             contenders,
             rounds,
-            settle=[(shipped, info.name) for info in running],
+            settle=[(shipped, info.name) for info in running]
+            + [(shipped, name) for name in versions if name != shipped],
             on_round=task.update,
         )
     return BesidePeers(measured=measured, peers=tuple(running), notes=tuple(notes))

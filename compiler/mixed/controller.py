@@ -123,13 +123,7 @@ class Controller:
         self._slower: list[Assignment] = []
 
     def run(self) -> Answer:
-        """Search, and return the best result that was probed.
-
-        Raises
-        ------
-        OutOfTimeError
-            The time limit was over before the search began.
-        """
+        """Search, and return the best result that was probed."""
         self._task.update(0, "sensitivity of each layer")
         sensitivity = self._oracle.sensitivity()
         accurate: dict[str, str] = {}

@@ -62,7 +62,8 @@ class Remembering:
     state : State
         What was answered.
     seconds : float or None
-        Time limit of this process's answers: none is asked for that would end after it.
+        Time limit of this process's answers: after the first, none is asked for that would end
+        after it. One is always asked for, so that every build gets on.
     now : callable, optional
         A clock in seconds.
     """
@@ -79,6 +80,7 @@ class Remembering:
         self._state = state
         self._now = now
         self._end = None if seconds is None else now() + seconds
+        self._answered = False
 
     def sensitivity(self) -> dict[str, dict[str, float]]:
         """As `Oracle.sensitivity`."""
@@ -132,8 +134,10 @@ class Remembering:
         if known is not None:
             return known
         started = self._now()
-        if self._end is not None and started + (self.seconds_each(question[0]) or 0) > self._end:
+        expected = started + (self.seconds_each(question[0]) or 0)
+        if self._answered and self._end is not None and expected > self._end:
             raise OutOfTimeError
         found = answer()
+        self._answered = True
         self._state.keep(question, found, seconds=self._now() - started)
         return found

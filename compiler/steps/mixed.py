@@ -21,7 +21,7 @@ from hone.measure import Outcome
 from hone.mixed.controller import Answer, Controller, Question, most_probes
 from hone.mixed.conversion_price import conversion_us, timed_conversions
 from hone.mixed.layer_precision import ConversionCost, Cost, LayerPrecision
-from hone.mixed.oracle import FLOAT, Assignment, Clock, OutOfTimeError, Remembering
+from hone.mixed.oracle import FLOAT, Assignment, Clock, Remembering
 from hone.mixed.partition import Border
 from hone.mixed.sensitivity import kl_divergence, relative_error, sensitivity
 from hone.mixed.state import State
@@ -82,10 +82,7 @@ def propose(model: Model, step: MixedStep, context: Context) -> Candidate | str:
         if step.seconds is not None:
             left = max(step.seconds - (time.monotonic() - started), 0.0)
         remembering = Remembering(oracle, state, seconds=left)
-        try:
-            answer = Controller(question, remembering, task).run()
-        except OutOfTimeError:
-            return f"the time limit of {step.seconds:g} s was over before the first answer"
+        answer = Controller(question, remembering, task).run()
     return oracle.candidate(answer)
 
 

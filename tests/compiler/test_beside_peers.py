@@ -37,7 +37,7 @@ def test_versions_are_measured_with_a_note_when_a_peer_refuses_the_model(
 
     monkeypatch.setattr(beside_peers, "Peer", refuse)
     found = measured(["onnxruntime"])
-    assert found.measured.latency("baseline").samples == 2
+    assert len(found.measured.seconds["baseline"]) >= LEAST_ROUNDS
     assert found.peers == ()
     assert found.notes == (
         "not compared with onnxruntime: onnxruntime: Fail: this model is not for me",
