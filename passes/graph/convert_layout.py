@@ -45,7 +45,11 @@ def _layouts(call: relax.Call) -> dict[str, list[str]]:
         return {"relax.nn.conv2d": ["NHWC", "OHWI"]}
     plain = int(call.attrs.groups) == 1 and all(int(x) == 1 for x in call.attrs.dilation)
     constant = isinstance(call.args[1], tvm.ir.GenericConst)
-    return {str(_TRANSPOSED.name): ["NHWC" if plain and constant else "NCHW", "IOHW"]}
+    # What cuts off more than its kernel reaches has no form in phases; see `UnifyConvolutions`.
+    taps = [int(extent) for extent in call.args[1].ty.shape][2:]
+    inside = all(int(p) < k for p, k in zip(call.attrs.padding, [*taps, *taps], strict=True))
+    layout = "NHWC" if plain and constant and inside else "NCHW"
+    return {str(_TRANSPOSED.name): [layout, "IOHW"]}
 
 
 _TRANSPOSED = tvm.ir.Op.get("relax.nn.conv2d_transpose")

@@ -125,6 +125,8 @@ class FuseRows:
         between = second.call.args[reads.index(True)]
         if not isinstance(between, relax.Var) or not graph.used_once(between):
             return None
+        if not Dataflow(second.function).used_once(second.data):
+            return None  # Its epilogue reads the expansion as well.
         first = _group(module, graph.call(between), POINTWISE)
         if first is None:
             return None

@@ -110,15 +110,12 @@ def power_of_constant(x: tirx.Expr, exponent: float) -> tirx.Expr:
         return _single(1.0)
     times = abs(exponent)
     if times <= MOST_PRODUCT and times == int(times):
-        value = _product(x, int(times))
-    elif exponent == -0.5:
+        # Divided first, so that no product vanishes whose inverse is finite.
+        return _product(x if exponent > 0 else _single(1.0) / x, int(times))
+    if exponent == -0.5:
         inverse = _single(1.0) / tirx.sqrt(x)
         return tirx.Select(x.equal(_single(0.0)), _single(math.inf), inverse)
-    elif exponent == 0.5:
-        value = tirx.sqrt(x)
-    else:
-        return power(x, _single(exponent))
-    return value if exponent > 0 else _single(1.0) / value
+    return tirx.sqrt(x) if exponent == 0.5 else power(x, _single(exponent))
 
 
 def _powers(x: te.Tensor, *, exponent: float) -> te.Tensor:

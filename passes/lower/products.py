@@ -20,7 +20,6 @@ from hone.targets.schedule.machine import Machine, choose_tile
 
 from .anchors import ANCHOR, default_legalization, is_constant
 from .dense import legalize_matmul
-from .half import is_half
 from .reductions import SUM, reduce_rows
 
 
@@ -71,22 +70,20 @@ def broadcast_matmul(left: te.Tensor, right: te.Tensor, *, tile_rows: int, lanes
 def legalize_product(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     """Legalize one ``relax.matmul`` call for the machine. See the module."""
     left, right = call.args
-    stored = is_constant(right) and is_half(right)
-    floats = str(left.ty.dtype) == str(call.ty.dtype) == "float32"
-    if not floats or not (stored or str(right.ty.dtype) == "float32"):
+    if not all(str(x.ty.dtype) == "float32" for x in (left, right, call)):
         return default_legalization(bb, call)
     shapes = shape_of(left), shape_of(right)
     if 0 in (*shapes[0], *shapes[1]):
         return default_legalization(bb, call)
     batched = len(shapes[0]) == len(shapes[1]) > 2 and shapes[0][:-2] == shapes[1][:-2]
-    if (batched and (shapes[1][-1] > 1 or shapes[1][-2] == 1)) or (stored and len(shapes[1]) > 2):
+    if batched and (shapes[1][-1] > 1 or shapes[1][-2] == 1):
         return legalize_matmul(machine, bb, call)
     left_shape = (1, *shapes[0]) if len(shapes[0]) == 1 else shapes[0]
     right_shape = (*shapes[1], 1) if len(shapes[1]) == 1 else shapes[1]
     if math.prod(right_shape[:-2]) == 1:
         right_shape = right_shape[-2:]
         if is_constant(right):
-            weight = relax.const(right.value.numpy().reshape(right_shape), str(right.ty.dtype))
+            weight = relax.const(right.value.numpy().reshape(right_shape), "float32")
             product = relax.op.matmul(_shaped(bb, left, left_shape), weight)
             return _result(bb, legalize_matmul(machine, bb, bb.normalize(product)), call)
         rows = math.prod(left_shape[:-1])

@@ -72,9 +72,15 @@ class Positions:
     def below(self, at: tirx.Expr, *, plus: int = 0, unit: int | None = None) -> tirx.Expr:
         """Return ``floor((at * step + start) * unit + plus)`` over ``unit``, by default once."""
         factor = 1 if unit is None else unit
-        return tirx.floordiv(
-            at * (self.step * factor) + (self.start * factor + plus), self.unit * factor
-        )
+        wide = self._wide(at)
+        line = wide * (self.step * factor) + (self.start * factor + plus)
+        index = tirx.floordiv(line, self.unit * factor)
+        return index if wide.same_as(at) else index.astype("int32")
+
+    def _wide(self, at: tirx.Expr) -> tirx.Expr:
+        """Return an index as int64 where the numerators of positions exceed int32."""
+        most = max(abs(o * self.step + self.start) for o in (0, self.target)) + self.unit
+        return at.astype("int64") if 2 * most >= 2**31 else at
 
     def nearest(self, at: tirx.Expr, rounding: str) -> tirx.Expr:
         """Return the index of the nearest element, inside the input."""
@@ -117,7 +123,7 @@ class Positions:
 
     def fraction(self, at: tirx.Expr) -> tirx.Expr:
         """Return how far behind the element below it a position lies, in float32."""
-        rest = tirx.floormod(at * self.step + self.start, self.unit)
+        rest = tirx.floormod(self._wide(at) * self.step + self.start, self.unit)
         return tirx.Cast("float32", rest) * tirx.const(1 / self.unit, "float32")
 
 

@@ -122,6 +122,25 @@ def test_transposed_convolution_of_one_group_is_converted_but_for_its_weights(
     assert_structural_equal(after, network(converted=True))
 
 
+def test_transposed_convolution_that_cuts_off_its_kernel_keeps_its_layout() -> None:
+    # It has no form in phases, and nothing else lowers it in NHWC.
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, 3, 5, 6), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit(relax.op.nn.conv2d(x, relax.const(np.ones((4, 3, 1, 1), "float32"))))
+            weight = relax.const(np.ones((4, 2, 2, 2), "float32"))
+            z = builder.emit_output(relax.op.nn.conv2d_transpose(y, weight, strides=2, padding=2))
+        builder.emit_func_output(z)
+    calls = [
+        binding.value
+        for binding in apply(builder.get(), ToNHWC())["main"].body.blocks[0].bindings
+        if isinstance(binding.value, relax.Call)
+    ]
+    layouts = [str(c.attrs.data_layout) for c in calls if "conv2d" in str(c.op.name)]
+    assert layouts == ["NHWC", "NCHW"]
+
+
 # Of the image, and of the last feature map where a flatten follows in ONNX's order; the
 # transformers' own permutations are theirs.
 EXPECTED = {"digits-cnn": 2, "resnet18": 1, "resnet50": 1, "mobilenetv2": 1}

@@ -149,7 +149,11 @@ REJECTED = [
 
 @pytest.mark.parametrize("block", REJECTED, ids=lambda block: block.id)
 def test_others_stay_apart_even_where_joining_was_decided(block: Block) -> None:
-    assert "bands" not in rules(block)[0]
+    found, lowered = rules(block)
+    assert "bands" not in found
+    assert ("expand", "act", "dw", "last") not in kernel_layers(lowered).values()
+    if block.reuse:
+        assert "window" in found
 
 
 def chain(height: int, channels: int, depth: int, *, batch: int = 1) -> Chain:

@@ -65,6 +65,16 @@ def test_power_by_a_constant_is_near_float64(
     np.testing.assert_allclose(actual[normal], exact[normal], rtol=4e-7)
 
 
+@pytest.mark.parametrize(("exponent", "base"), [(-2.0, 7e-20), (-3.0, 2.2e-13), (-4.0, 3.1e-10)])
+def test_negative_power_is_finite_where_the_product_would_vanish(
+    exponent: float, base: float, run_op: RunOp
+) -> None:
+    x = np.full((37,), base, "float32")
+    exact = x.astype("float64") ** exponent
+    actual, _ = run_op(lambda v: relax.op.power(v, relax.const(exponent, "float32")), x)
+    np.testing.assert_allclose(actual, exact, rtol=4e-7)
+
+
 def test_power_by_computed_exponents_rounds_within_one_unit(
     run_op: RunOp, rng: np.random.Generator
 ) -> None:

@@ -118,6 +118,24 @@ def test_resizing_equals_the_oracle(
     check(run_op, data, size, layout, method, "half_pixel", "round_prefer_floor")
 
 
+@pytest.mark.parametrize("method", ["nearest_neighbor", "linear"])
+def test_positions_of_a_long_row_exceed_no_integer(method: str, run_op: RunOp) -> None:
+    # The numerators reach 40 000 x 80 000.
+    source, target = 40_000, 80_000
+    data = np.tile(np.arange(source, dtype="float32"), (1, 1, 2, 1))
+    actual, _ = run_op(
+        lambda v: relax.op.image.resize2d(
+            v, (2, target), layout="NCHW", method=method, rounding_method="floor",
+            coordinate_transformation_mode="align_corners",
+        ),
+        data,
+    )  # fmt: skip
+    exact = np.arange(target) * (source - 1) / (target - 1)
+    exact = np.floor(exact + 1e-9) if method == "nearest_neighbor" else exact
+    for row in actual[0, 0]:
+        np.testing.assert_allclose(row, exact, rtol=1e-6, atol=1e-3)
+
+
 def narrow(mode: str) -> int:
     # TVM's constant folding divides by zero for a width of 1 and aligned corners.
     return 2 if mode == "align_corners" else 1
