@@ -163,30 +163,11 @@ def _dot_conv2d(
         return plain(bb, call)
     weight = _constant(call, 1)
     window = _window(call, weight.shape[1:3])
-    tiles = tile_kernels.lower_conv2d(
-        machine,
-        bb,
-        [data, bias, *others],
-        weight,
-        window,
-        out_dtype=_dtype(call),
-        wrap=_in_order(call),
-    )
-    if tiles is not None:
-        return tiles
-    matrices = matrix_kernels.lower_conv2d(
-        machine,
-        bb,
-        [data, bias, *others],
-        weight,
-        window,
-        out_dtype=_dtype(call),
-        wrap=_in_order(call),
-    )
-    if matrices is not None:
-        return matrices
+    ways = [tile_kernels.lower_conv2d, matrix_kernels.lower_conv2d]
     if not compact:
-        points = winograd_lowering.lower_conv2d(
+        ways.append(winograd_lowering.lower_conv2d)
+    for lower in ways:
+        lowered = lower(
             machine,
             bb,
             [data, bias, *others],
@@ -195,8 +176,8 @@ def _dot_conv2d(
             out_dtype=_dtype(call),
             wrap=_in_order(call),
         )
-        if points is not None:
-            return points
+        if lowered is not None:
+            return lowered
     cut = dot_kernels.Rows.of(window)
     height, width = window.output
     tile = choose_dot_tile(
@@ -237,26 +218,17 @@ def _dot_dense(
     channels, depth = weight.shape
     data, others, shape = _as_rows(bb, data, others)
     rows = int(data.ty.shape[0])
-    tiles = tile_kernels.lower_dense(
-        machine,
-        bb,
-        [data, bias, *others],
-        weight,
-        out_dtype=_dtype(call),
-        wrap=_in_order(call),
-    )
-    if tiles is not None:
-        return _in_shape(bb, tiles, shape, channels)
-    matrices = matrix_kernels.lower_dense(
-        machine,
-        bb,
-        [data, bias, *others],
-        weight,
-        out_dtype=_dtype(call),
-        wrap=_in_order(call),
-    )
-    if matrices is not None:
-        return _in_shape(bb, matrices, shape, channels)
+    for lower in (tile_kernels.lower_dense, matrix_kernels.lower_dense):
+        lowered = lower(
+            machine,
+            bb,
+            [data, bias, *others],
+            weight,
+            out_dtype=_dtype(call),
+            wrap=_in_order(call),
+        )
+        if lowered is not None:
+            return _in_shape(bb, lowered, shape, channels)
     groups = dot_kernels.rounded_up(depth, GROUP) // GROUP
     tile = choose_dot_tile(machine, height=1, width=rows, channels=channels, depth=groups, taps=1)
     offset = LEVEL_OFFSET.get(machine.integer_dot, 0)

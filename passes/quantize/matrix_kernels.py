@@ -10,7 +10,6 @@ exact, and equal to those of `kernels`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -27,8 +26,7 @@ from hone.targets.schedule.matrix import choose_matrix_tile
 
 from .dot_kernels import Rows, pack_conv2d, pad_pixels, pad_rows, rounded_up
 from .kernels import level, total
-
-Kernel = Callable[..., te.Tensor]
+from .tile_kernels import Kernel, Wrap
 
 
 def pack(weight: np.ndarray, rows: Rows, tile: int) -> np.ndarray:
@@ -192,7 +190,7 @@ def lower_conv2d(
     window: Window,
     *,
     out_dtype: str,
-    wrap: Callable[[Kernel], Kernel],
+    wrap: Wrap,
 ) -> relax.Expr | None:
     """Return a convolution in small matrices, or None where they do not pay.
 
@@ -227,7 +225,7 @@ def lower_dense(
     weight: np.ndarray,
     *,
     out_dtype: str,
-    wrap: Callable[[Kernel], Kernel],
+    wrap: Wrap,
 ) -> relax.Expr | None:
     """Return a product with ``[M, C]`` as `lower_conv2d` does; ``weight`` is ``[K, C]``."""
     rows, depth = (int(extent) for extent in arguments[0].ty.shape)
@@ -255,7 +253,7 @@ def _call(
     arguments: list[relax.Expr],
     weight: np.ndarray,
     window: Window,
-    wrap: Callable[[Kernel], Kernel],
+    wrap: Wrap,
     name: str,
 ) -> relax.Expr | None:
     matrices, vectors = Rows.of(window, MATRIX_GROUP), Rows.of(window)
