@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from integer_oracle import conv_sums, requantized
 from tvm import relax
 
 from hone import pipeline
@@ -71,35 +72,6 @@ DENSES = [
     Dense(id="residual", shape=(6, 16), channels=17, residual=True),
     Dense(id="zero points", shape=(5, 24), channels=14, offsets=True),
 ]
-
-
-def conv_sums(case: Conv, data, weight, zero_point: int) -> np.ndarray:
-    top, left, bottom, right = case.padding
-    padded = np.pad(
-        data.astype(np.int64),
-        ((0, 0), (top, bottom), (left, right), (0, 0)),
-        constant_values=zero_point,
-    )
-    span = [d * (t - 1) + 1 for d, t in zip(case.dilation, case.filters[1:], strict=True)]
-    view = np.lib.stride_tricks.sliding_window_view(padded, span, axis=(1, 2))
-    view = view[:, :: case.strides[0], :: case.strides[1]]
-    view = view[..., :: case.dilation[0], :: case.dilation[1]]
-    return np.einsum("nhwcrs,krsc->nhwk", view, weight.astype(np.int64))
-
-
-def requantized(acc, multiplier, levels, out, residual=None, residual_multiplier=None):
-    """Requantize by the specification's text."""
-    single = acc.astype(np.int32).astype(np.float32)
-    if out == "float32":
-        return single * multiplier
-    steps = np.rint(single * multiplier)
-    zero_point, low, high = (int(x) for x in levels[1:4])
-    if residual is None:
-        return np.clip(steps.astype(np.float64) + zero_point, low, high).astype(out)
-    other = (residual.astype(np.int32) - levels[4]).astype(np.float32) * residual_multiplier
-    total = steps.astype(np.int64) + np.rint(other).astype(np.int64)
-    rounded = np.floor_divide(total + 2 ** (GUARD_BITS - 1), 2**GUARD_BITS)
-    return np.clip(rounded + zero_point, low, high).astype(out)
 
 
 class Network:

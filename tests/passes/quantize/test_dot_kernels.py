@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import tvm
+from integer_oracle import conv_sums, requantized
 from tvm import relax
 
 from hone import pipeline
@@ -67,21 +68,6 @@ def compiled(build, arrays: list[np.ndarray], target: Target) -> tuple[np.ndarra
     return got, {d.rule for d in decisions}
 
 
-def oracle(acc, multiplier, levels, out, residual=None, residual_multiplier=None) -> np.ndarray:
-    """Requantize by the specification's text."""
-    assert np.abs(acc).max() < 2**31
-    steps = np.rint(acc.astype(np.int32).astype(np.float32) * multiplier)
-    if out == "float32":
-        return acc.astype(np.int32).astype(np.float32) * multiplier
-    zero_point, low, high = (int(x) for x in levels[1:4])
-    if residual is None:
-        return np.clip(steps.astype(np.float64) + zero_point, low, high).astype(out)
-    other = (residual.astype(np.int32) - levels[4]).astype(np.float32) * residual_multiplier
-    total = steps.astype(np.int64) + np.rint(other).astype(np.int64)
-    rounded = np.floor_divide(total + 2 ** (GUARD_BITS - 1), 2**GUARD_BITS)
-    return np.clip(rounded + zero_point, low, high).astype(out)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Conv:
     name: str
@@ -117,31 +103,6 @@ CONVS = [
         name="extreme_padded", shape=(1, 4, 4, 3), filters=(8, 3, 3), padding=(1,) * 4, extreme=True
     ),
 ]
-
-
-def conv_sums(case: Conv, data, weight, zero_point: int) -> np.ndarray:
-    top, left, bottom, right = case.padding
-    padded = np.pad(
-        data.astype(np.int64),
-        ((0, 0), (top, bottom), (left, right), (0, 0)),
-        constant_values=zero_point,
-    )
-    taps = case.filters[1:]
-    out = [
-        (padded.shape[1 + i] - case.dilation[i] * (taps[i] - 1) - 1) // case.strides[i] + 1
-        for i in range(2)
-    ]
-    acc = np.zeros((case.shape[0], *out, case.filters[0]), np.int64)
-    for r in range(taps[0]):
-        for s in range(taps[1]):
-            y, x = r * case.dilation[0], s * case.dilation[1]
-            patch = padded[
-                :,
-                y : y + case.strides[0] * (out[0] - 1) + 1 : case.strides[0],
-                x : x + case.strides[1] * (out[1] - 1) + 1 : case.strides[1],
-            ]
-            acc += patch @ weight[:, r, s].astype(np.int64).T
-    return acc
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -186,7 +147,7 @@ def test_conv2d_equals_the_oracle_for_every_instruction(case: Conv, form: str) -
 
     got, kernels = compiled(build, [data, bias, multiplier, levels_array, *rest], target)
     assert kernels <= ({"conv2d"} if form == "plain" else {"dot_conv2d", "winograd"})
-    want = oracle(acc, multiplier, levels_array, case.out, *rest)
+    want = requantized(acc, multiplier, levels_array, case.out, *rest)
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(got, want)
 
@@ -229,7 +190,7 @@ def test_dense_equals_the_oracle_for_every_instruction(case: Dense, form: str) -
 
     got, kernels = compiled(build, [data, bias, multiplier, levels, *rest], target)
     assert ("dense" if form == "plain" else "dot_dense") in kernels
-    np.testing.assert_array_equal(got, oracle(acc, multiplier, levels, "uint8", *rest))
+    np.testing.assert_array_equal(got, requantized(acc, multiplier, levels, "uint8", *rest))
 
 
 @pytest.mark.parametrize("form", FORMS)

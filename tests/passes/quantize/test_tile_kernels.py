@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import tvm
+from integer_oracle import conv_sums, requantized
 from tvm import relax
 
 from hone import pipeline
@@ -80,21 +81,6 @@ def run(build, arrays: list[np.ndarray], target: Target, *decided: tuple[str, st
     return Ran(got, {d.rule for d in decisions}, library.inspect_source("asm"))
 
 
-def oracle(acc, multiplier, levels, out, residual=None, residual_multiplier=None) -> np.ndarray:
-    """Requantize by the specification's text."""
-    assert np.abs(acc).max() < 2**31
-    steps = np.rint(acc.astype(np.int32).astype(np.float32) * multiplier)
-    if out == "float32":
-        return acc.astype(np.int32).astype(np.float32) * multiplier
-    zero_point, low, high = (int(x) for x in levels[1:4])
-    if residual is None:
-        return np.clip(steps.astype(np.float64) + zero_point, low, high).astype(out)
-    other = (residual.astype(np.int32) - levels[4]).astype(np.float32) * residual_multiplier
-    total = steps.astype(np.int64) + np.rint(other).astype(np.int64)
-    rounded = np.floor_divide(total + 2 ** (GUARD_BITS - 1), 2**GUARD_BITS)
-    return np.clip(rounded + zero_point, low, high).astype(out)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Conv:
     name: str
@@ -148,27 +134,6 @@ CONVS = [
 ]  # fmt: skip
 
 
-def conv_sums(case: Conv, data, weight, zero_point: int) -> np.ndarray:
-    top, left, bottom, right = case.padding
-    padded = np.pad(
-        data.astype(np.int64),
-        ((0, 0), (top, bottom), (left, right), (0, 0)),
-        constant_values=zero_point,
-    )
-    height, width = case.window.output
-    acc = np.zeros((case.shape[0], height, width, case.filters[0]), np.int64)
-    for r in range(case.filters[1]):
-        for s in range(case.filters[2]):
-            y, x = r * case.dilation[0], s * case.dilation[1]
-            patch = padded[
-                :,
-                y : y + case.strides[0] * (height - 1) + 1 : case.strides[0],
-                x : x + case.strides[1] * (width - 1) + 1 : case.strides[1],
-            ]
-            acc += patch @ weight[:, r, s].astype(np.int64).T
-    return acc
-
-
 def check_conv(case: Conv, target: Target, decided: str) -> Ran:
     """Run a convolution with a plan and compare it with the oracle."""
     rng = np.random.default_rng(7)
@@ -209,7 +174,7 @@ def check_conv(case: Conv, target: Target, decided: str) -> Ran:
 
     arrays = [data, bias, multiplier, levels_array, *rest]
     ran = run(build, arrays, target, (case.work.name, decided))
-    want = oracle(acc, multiplier, levels_array, case.out, *rest)
+    want = requantized(acc, multiplier, levels_array, case.out, *rest)
     assert ran.got.dtype == want.dtype
     np.testing.assert_array_equal(ran.got, want)
     return ran
@@ -293,7 +258,7 @@ def test_dense_in_tiles_equals_the_oracle(amx, case: Dense, name: str) -> None:
     ran = run(build, [data, bias, multiplier, levels, *rest], target, decided)
     assert "tiles" in ran.rules
     assert "tdpbusd" in instructions(ran.assembly)
-    np.testing.assert_array_equal(ran.got, oracle(acc, multiplier, levels, "uint8", *rest))
+    np.testing.assert_array_equal(ran.got, requantized(acc, multiplier, levels, "uint8", *rest))
 
 
 def test_vectors_are_kept_when_tiles_do_not_pay() -> None:

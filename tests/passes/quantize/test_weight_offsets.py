@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import tvm
+from integer_oracle import conv_sums, requantized
 from tvm import relax
 
 from hone import pipeline
@@ -18,6 +19,7 @@ from hone.targets.features import missing
 from hone.targets.target import Target, resolve
 
 GUARD = np.float32(2**GUARD_BITS)
+FACTOR = np.array([0.37], np.float32) * GUARD
 
 
 def with_features(name: str, *extra: str) -> Target:
@@ -57,43 +59,6 @@ CONVS = [
 ]  # fmt: skip
 
 
-def sums(case: Conv, data: np.ndarray, weight: np.ndarray, zero_point: int) -> np.ndarray:
-    top, left, bottom, right = case.padding
-    padded = np.pad(
-        data.astype(np.int64),
-        ((0, 0), (top, bottom), (left, right), (0, 0)),
-        constant_values=zero_point,
-    )
-    taps = case.filters[1:]
-    out = [
-        (padded.shape[1 + i] - case.dilation[i] * (taps[i] - 1) - 1) // case.strides[i] + 1
-        for i in range(2)
-    ]
-    acc = np.zeros((case.shape[0], *out, case.filters[0]), np.int64)
-    for r in range(taps[0]):
-        for s in range(taps[1]):
-            y, x = r * case.dilation[0], s * case.dilation[1]
-            patch = padded[
-                :,
-                y : y + case.strides[0] * (out[0] - 1) + 1 : case.strides[0],
-                x : x + case.strides[1] * (out[1] - 1) + 1 : case.strides[1],
-            ]
-            w = weight[:, r, s]
-            acc += patch * w[:, 0] if case.depthwise else patch @ w.T
-    return acc
-
-
-def requantized(acc, multiplier, levels, residual=None) -> np.ndarray:
-    zero_point, low, high = (int(x) for x in levels[1:4])
-    steps = np.rint(acc.astype(np.int32).astype(np.float32) * multiplier)
-    if residual is None:
-        return np.clip(steps + zero_point, low, high).astype(np.uint8)
-    other = (residual.astype(np.int32) - levels[4]).astype(np.float32) * (np.float32(0.37) * GUARD)
-    total = steps.astype(np.int64) + np.rint(other).astype(np.int64)
-    rounded = np.floor_divide(total + 2 ** (GUARD_BITS - 1), 2**GUARD_BITS)
-    return np.clip(rounded + zero_point, low, high).astype(np.uint8)
-
-
 class Network:
     """Layers side by side, each with its arguments as parameters and its expected result."""
 
@@ -128,7 +93,7 @@ class Network:
         data = self.rng.integers(0, 256, case.shape).astype(np.uint8)
         weight = self.weights(*case.filters, 1 if case.depthwise else case.shape[3])
         bias = self.rng.integers(-5000, 5000, case.filters[0]).astype(np.int32)
-        acc = sums(case, data, weight, 131) + bias
+        acc = conv_sums(case, data, weight, 131, depthwise=case.depthwise) + bias
         multiplier, levels = self.constants(acc, residual=case.residual)
         stored, offsets = fit_weights(weight, depthwise=case.depthwise)
         x = self.parameter(data)
@@ -136,8 +101,8 @@ class Network:
         residual = None
         if case.residual:
             residual = self.rng.integers(0, 256, acc.shape).astype(np.uint8)
-            rest = [self.parameter(residual), self.parameter(np.array([0.37], np.float32) * GUARD)]
-        self.expected.append(requantized(acc, multiplier, levels, residual))
+            rest = [self.parameter(residual), self.parameter(FACTOR)]
+        self.expected.append(requantized(acc, multiplier, levels, "uint8", residual, FACTOR))
         geometry = {"strides": case.strides, "padding": case.padding, "dilation": case.dilation}
         under = None
         if not case.depthwise:
@@ -168,8 +133,8 @@ class Network:
         rest, added = [], None
         if residual:
             added = self.rng.integers(0, 256, acc.shape).astype(np.uint8)
-            rest = [self.parameter(added), self.parameter(np.array([0.37], np.float32) * GUARD)]
-        self.expected.append(requantized(acc, multiplier, levels, added))
+            rest = [self.parameter(added), self.parameter(FACTOR)]
+        self.expected.append(requantized(acc, multiplier, levels, "uint8", added, FACTOR))
         return operators.dense_int8(
             x,
             relax.const(stored),
