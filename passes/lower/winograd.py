@@ -17,7 +17,8 @@ import numpy as np
 from tvm import te, tirx
 
 from hone.targets.half_dot import BFLOAT16
-from hone.targets.schedule.machine import Machine, choose_winograd, winograd_cycles
+from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.winograd_model import choose_winograd, winograd_cycles
 
 from .half import PAIR, Pairs, widen
 from .window import Window

@@ -13,8 +13,8 @@ from hone.targets.schedule.machine import (
     choose_pixels,
     choose_tasks,
     choose_tile,
-    choose_winograd,
 )
+from hone.targets.schedule.winograd_model import choose_winograd
 
 AVX512 = Machine(lanes=16, accumulators=28, l1_bytes=48 << 10, l2_bytes=1 << 20, threads=2)
 AVX2 = Machine(lanes=8, accumulators=12, l1_bytes=32 << 10, l2_bytes=512 << 10, threads=2)
