@@ -18,7 +18,8 @@ from tvm import relax, te, tirx, topi
 from hone.passes.graph.dataflow import shape_of
 from hone.passes.lower.anchors import ANCHOR, default_legalization
 from hone.passes.lower.conv2d import Window, conv2d, pad
-from hone.targets.schedule.machine import Machine, choose_tile
+from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.tile_model import choose_tile
 
 _NHWC_TO_NCHW = [0, 3, 1, 2]
 _NCHW_TO_NHWC = [0, 2, 3, 1]

@@ -16,7 +16,8 @@ from functools import partial
 from tvm import relax
 from tvm.ir import Op
 
-from hone.targets.schedule.machine import Machine, choose_tile
+from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.tile_model import choose_tile
 
 from .anchors import ANCHOR, default_legalization
 from .attention_kernel import AttentionKernel, Blocks, Heads

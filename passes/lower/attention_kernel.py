@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tvm import te, tirx
 
 from hone.targets.schedule.attention import TILE
-from hone.targets.schedule.machine import Tile
+from hone.targets.schedule.tile_model import Tile
 
 from .elementary import exp_below_0
 from .reductions import MAX, SUM, reduce_rows

@@ -13,7 +13,8 @@ from functools import partial
 from tvm import relax, te, tirx
 
 from hone.passes.graph.dataflow import shape_of
-from hone.targets.schedule.machine import Machine, choose_tile
+from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.tile_model import choose_tile
 
 from .anchors import ANCHOR, default_legalization, is_constant, through_layout_change
 from .conv2d import Window, conv2d, depthwise_conv2d, grouped_tile

@@ -17,7 +17,8 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
-from hone.targets.schedule.machine import Machine, choose_tile
+from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.tile_model import choose_tile
 
 from .anchors import (
     ANCHOR,

@@ -15,7 +15,8 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
-from hone.targets.schedule.machine import FMA_LATENCY, FMA_PER_CYCLE, Machine, choose_tile
+from hone.targets.schedule.machine import FMA_LATENCY, FMA_PER_CYCLE, Machine
+from hone.targets.schedule.tile_model import choose_tile
 
 from .anchors import ANCHOR, default_legalization, is_constant
 from .half import is_half, widen

@@ -16,7 +16,8 @@ from functools import partial
 import numpy as np
 from tvm import relax, te, tirx
 
-from hone.targets.schedule.machine import Machine, choose_tile
+from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.tile_model import choose_tile
 
 from .anchors import ANCHOR, is_constant
 from .dense import SHORT, legalize_matmul

@@ -16,7 +16,8 @@ import numpy as np
 from tvm import relax, te, tirx
 
 from hone.passes.graph.dataflow import shape_of
-from hone.targets.schedule.machine import Machine, choose_tile
+from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.tile_model import choose_tile
 
 from .anchors import ANCHOR, default_legalization, is_constant
 from .dense import legalize_matmul

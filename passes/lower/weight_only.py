@@ -20,7 +20,8 @@ from tvm import relax, te
 from hone.passes.quantize.binarize import binarized
 from hone.passes.quantize.decode_operator import TABLE_MODES, Decoded, decode_call
 from hone.passes.quantize.weight_schemes import WeightLevels
-from hone.targets.schedule.machine import Machine, choose_tile
+from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.tile_model import choose_tile
 
 from . import weight_signs
 from .anchors import ANCHOR, through_layout_change

@@ -23,7 +23,8 @@ from hone.passes.lower.conv2d import Window, pack_conv2d_weight
 from hone.passes.lower.dense import pack_dense_weight
 from hone.targets.integer_dot import GROUP, LEVEL_OFFSET
 from hone.targets.schedule.integer import choose_dot_tile
-from hone.targets.schedule.machine import Machine, Tile, choose_tile
+from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.tile_model import Tile, choose_tile
 
 from . import dot_kernels, kernels, matrix_kernels, tile_kernels, winograd_lowering
 from .operators import NAMES

@@ -14,7 +14,8 @@ from tvm import relax
 from hone.passes.lower.anchors import ANCHOR
 from hone.passes.lower.window import Window
 from hone.targets.integer_dot import GROUP, IntegerDot
-from hone.targets.schedule.machine import FMA_PER_CYCLE, Machine, choose_tile
+from hone.targets.schedule.machine import FMA_PER_CYCLE, Machine
+from hone.targets.schedule.tile_model import choose_tile
 from hone.targets.word_intrinsics import word_dot_of
 
 from .tile_kernels import Wrap

@@ -26,14 +26,8 @@ from .blocks import (
     vector_length,
 )
 from .contraction import UNROLLED_DEPTH, split_sum
-from .machine import (
-    FMA_PER_CYCLE,
-    MOST_OPTIONS,
-    WEIGHT_BYTES_PER_CYCLE,
-    Machine,
-    choose_pixels,
-    divisors,
-)
+from .machine import FMA_PER_CYCLE, MOST_OPTIONS, WEIGHT_BYTES_PER_CYCLE, Machine, divisors
+from .tile_model import choose_pixels
 from .window import column_tiles
 
 

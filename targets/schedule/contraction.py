@@ -27,14 +27,8 @@ from .blocks import (
     start_sums,
     vector_length,
 )
-from .machine import (
-    Machine,
-    choose_pixels,
-    choose_tasks,
-    divisors,
-    prefetch_distance,
-    unroll_depth,
-)
+from .machine import Machine, choose_tasks, divisors, prefetch_distance, unroll_depth
+from .tile_model import choose_pixels
 
 # Below this many input channels the channel loop is unrolled too: the loop would cost more
 # than its body (the first convolution of an image network).

@@ -26,15 +26,8 @@ from .blocks import (
     start_sums,
     vector_length,
 )
-from .machine import (
-    RESERVED_REGISTERS,
-    Machine,
-    Tile,
-    choose_pixels,
-    choose_tasks,
-    pick_tile,
-    ranked_tiles,
-)
+from .machine import RESERVED_REGISTERS, Machine, choose_tasks
+from .tile_model import Tile, choose_pixels, pick_tile, ranked_tiles
 
 # Up to this many groups their loop is unrolled; beyond, LLVM moves loads so far ahead that sums are
 # spilled (6 groups of 28 sums: 204 us instead of 142).

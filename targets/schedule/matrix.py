@@ -34,12 +34,10 @@ from .machine import (
     L2_BYTES_PER_CYCLE,
     MOST_OPTIONS,
     Machine,
-    Tile,
     choose_tasks,
     divisors,
-    least_cycles,
-    pick_tile,
 )
+from .tile_model import Tile, least_cycles, pick_tile
 
 # Products of matrices must be modelled this much faster: the model of neither is exact.
 MATRIX_GAIN = 1.2

@@ -26,7 +26,8 @@ from .blocks import (
     start_sums,
     vector_length,
 )
-from .machine import Machine, choose_pixels, choose_tasks
+from .machine import Machine, choose_tasks
+from .tile_model import choose_pixels
 
 # Multiply-adds in the unrolled body of one word; beyond, LLVM moves loads far ahead, and spills.
 UNROLLED_BODY = 256

@@ -31,7 +31,8 @@ from .blocks import (
     vector_length,
 )
 from .contraction import split_sum
-from .machine import Machine, choose_pixels, divisors, prefetch_distance
+from .machine import Machine, divisors, prefetch_distance
+from .tile_model import choose_pixels
 
 # Bytes after which addresses share a set of the first level again, and of its lines.
 SET_BYTES = 4096

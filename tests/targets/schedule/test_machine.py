@@ -7,13 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from hone.targets.schedule.machine import (
-    L2_BYTES_PER_CYCLE,
-    Machine,
-    choose_pixels,
-    choose_tasks,
-    choose_tile,
-)
+from hone.targets.schedule.machine import L2_BYTES_PER_CYCLE, Machine, choose_tasks
+from hone.targets.schedule.tile_model import choose_pixels, choose_tile
 from hone.targets.schedule.winograd_model import choose_winograd
 
 AVX512 = Machine(lanes=16, accumulators=28, l1_bytes=48 << 10, l2_bytes=1 << 20, threads=2)

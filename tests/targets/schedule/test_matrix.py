@@ -9,8 +9,9 @@ import pytest
 from hone.passes.lower.window import Window
 from hone.passes.quantize.dot_kernels import Rows
 from hone.targets.integer_dot import MATRIX_GROUP
-from hone.targets.schedule.machine import Machine, Tile
+from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.matrix import REGISTERS, choose_matrix_tile, ranked_matrix_tiles
+from hone.targets.schedule.tile_model import Tile
 from hone.targets.target import resolve
 
 MACHINE = Machine.of(resolve("graviton3"), 2)
