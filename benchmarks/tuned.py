@@ -1,9 +1,9 @@
-"""Tune reference networks for a while, then compare them with their peers in one interleaved run.
+"""Tune reference networks for a while, then compare them with their peers in interleaved runs.
 
 ``python benchmarks/tuned.py [--only NAME] [--precision P] [--batch N] [--seconds N] [--threads N]
-[--database DIR] [--json]``. Precisions and peers as in `peers.py`.
+[--runs N] [--database DIR] [--json]``. Precisions and peers as in `peers.py`.
 Prints one row of `RESULTS.md` for each network: hone before and after tuning and every peer that is
-installed, all in one interleaved run. Nothing else may run on the machine meanwhile.
+installed, all of them in each run. Nothing else may run on the machine meanwhile.
 Records are kept in the database: a second call goes on where the first one ended.
 """
 
@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from networks import NAMES, PEERS, PRECISIONS, write
+from networks import NAMES, PRECISIONS, write
+from runs import cells, compare, data, entry, middle
 
 from hone import driver
-from hone.bench import bench
+from hone.bench import Bench
 from hone.importer import load
-from hone.measure import Rounds
 from hone.progress import console
 from hone.quantized import Wanted
 from hone.tune import TuneResult
@@ -32,7 +31,7 @@ TUNED = "tuned.hone"
 UNTUNED = "untuned.hone"
 
 
-def measure(
+def tuned(
     name: str,
     folder: Path,
     *,
@@ -40,10 +39,9 @@ def measure(
     batch: int,
     seconds: float,
     threads: int,
-    rounds: int,
     database: Path,
-) -> dict[str, Any]:
-    """Tune one network and compare it; return the figures as JSON data."""
+) -> TuneResult:
+    """Tune one network and write it with and without what was found."""
     model = load(write(name, folder, precision=precision, batch=batch))
     found = driver.tune(
         model,
@@ -57,29 +55,7 @@ def measure(
         driver.compile(model, threads=threads, precision=precision, database=records).save(
             folder / package
         )
-    result = bench(
-        [folder / TUNED, folder / UNTUNED],
-        vs=[peer for peer in PEERS if find_spec(peer)],
-        threads=threads,
-        rounds=Rounds(rounds=rounds),
-    )
-    rows = {entry.name: entry for entry in result.results}
-    latency = {key: entry.latency.median_ms for key, entry in rows.items()}
-    return {
-        "network": name,
-        "precision": precision,
-        "batch": batch,
-        "seconds": seconds,
-        "threads": threads,
-        "latency_ms": latency,
-        "over_untuned": latency[UNTUNED] / latency[TUNED],
-        "ratio": {
-            key: {"ratio": speedup.ratio, "ci95": speedup.ci95}
-            for key, speedup in rows[TUNED].ratio.items()
-        },
-        "search": search(found),
-        "environment": result.environment,
-    }
+    return found
 
 
 def search(found: TuneResult) -> dict[str, Any]:
@@ -97,24 +73,23 @@ def search(found: TuneResult) -> dict[str, Any]:
     }
 
 
-def row(figures: dict[str, Any]) -> str:
+def over_untuned(run: Bench) -> float:
+    """Return how many times as fast tuning made the network."""
+    return entry(run, UNTUNED).latency.median_ms / entry(run, TUNED).latency.median_ms
+
+
+def row(name: str, runs: list[Bench]) -> str:
     """Return the row of a table in `RESULTS.md`."""
-    latency = figures["latency_ms"]
-    ratios = {key: f"{value['ratio']:.2f}" for key, value in figures["ratio"].items()}
-    cells = [
-        f"{figures['network']} {figures['precision']}",
-        f"{latency[TUNED]:.3g}",
-        f"{latency[UNTUNED]:.3g}",
-        *(f"{latency[peer]:.3g}" if peer in latency else "-" for peer in PEERS),
-        f"{figures['over_untuned']:.2f}",
-        *(ratios.get(peer, "-") for peer in PEERS),
-    ]
-    return "| " + " | ".join(cells) + " |"
+    shown = middle(runs, TUNED)
+    times = [f"{entry(shown, package).latency.median_ms:.3g}" for package in (TUNED, UNTUNED)]
+    gain = f"{over_untuned(shown):.2f}"
+    return "| " + " | ".join([name, *times, gain, *cells(runs, TUNED)]) + " |"
 
 
 HEAD = (
-    "| network | tuned ms | untuned ms | onnxruntime ms | OpenVINO ms | over untuned "
-    "| over onnxruntime | over OpenVINO |\n|---|---|---|---|---|---|---|---|"
+    "| network | tuned ms | untuned ms | over untuned | onnxruntime ms | OpenVINO ms "
+    "| ratio to onnxruntime | ratio to OpenVINO | to the better |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -127,27 +102,45 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="tuning of each network")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=3, help="processes; the median is printed")
     parser.add_argument("--database", type=Path, default=Path(".hone", "tuning"))
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     everything = []
     if not arguments.json:
-        print(HEAD)
+        print(HEAD, flush=True)
     for name in arguments.only or NETWORKS:
-        with TemporaryDirectory(prefix="hone-tuned-") as folder:
-            figures = measure(
+        with TemporaryDirectory(prefix="hone-tuned-") as given:
+            folder = Path(given)
+            found = tuned(
                 name,
-                Path(folder),
+                folder,
                 precision=arguments.precision,
                 batch=arguments.batch,
                 seconds=arguments.seconds,
                 threads=arguments.threads,
-                rounds=arguments.rounds,
                 database=arguments.database,
             )
-        everything.append(figures)
+            runs = compare(
+                [folder / TUNED, folder / UNTUNED],
+                threads=arguments.threads,
+                rounds=arguments.rounds,
+                runs=arguments.runs,
+            )
+        everything.append(
+            {
+                "network": name,
+                "precision": arguments.precision,
+                "batch": arguments.batch,
+                "seconds": arguments.seconds,
+                "threads": arguments.threads,
+                "runs": [{"results": data(run), "over_untuned": over_untuned(run)} for run in runs],
+                "search": search(found),
+                "environment": runs[0].environment,
+            }
+        )
         if not arguments.json:
-            print(row(figures), flush=True)
+            print(row(f"{name} {arguments.precision}", runs), flush=True)
     if arguments.json:
         print(json.dumps({"results": everything}, indent=2))
     return 0
