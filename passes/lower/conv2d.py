@@ -30,7 +30,8 @@ from .anchors import (
 )
 from .half import is_half, widen, widened_source
 from .window import Window as Window
-from .winograd import Transform, choose_transform, transform_weight, winograd_conv2d
+from .winograd import choose_transform, winograd_conv2d
+from .winograd_transforms import Transform, transform_weight
 
 
 def pad(

@@ -23,7 +23,8 @@ from .conv2d import legalize_conv2d
 from .half import PAIR, Pairs, rounded_source, words
 from .half_tiles import lower_conv2d
 from .window import Window
-from .winograd import Transform, choose_transform, transform_weight, winograd_conv2d
+from .winograd import choose_transform, winograd_conv2d
+from .winograd_transforms import Transform, transform_weight
 
 
 def pack_conv2d(weight: np.ndarray, tile: int) -> np.ndarray:
@@ -136,7 +137,7 @@ def conv2d(
             weight[k // tile, first, second, pair, k % tile],
             axis=[first, second, pair],
         ),
-        name="conv_acc",
+        name="conv_acc" + (OVERLAPPING if channels_first else ""),
     )
     if blocks * tile == channels and columns == width:
         return sums

@@ -26,7 +26,7 @@ import numpy as np
 from tvm import te, tirx
 
 from hone.passes.lower.window import Window
-from hone.passes.lower.winograd import Transform, select_row, transform_data
+from hone.passes.lower.winograd_transforms import Transform, select_row, transform_data
 from hone.targets.word_intrinsics import (
     WordDot,
     word_product,

@@ -10,7 +10,7 @@ from tvm import relax
 
 from hone import pipeline
 from hone.passes.lower import conv2d as conv2d_module
-from hone.passes.lower.winograd import F2, F4, Transform, transform_weight
+from hone.passes.lower.winograd_transforms import F2, F4, Transform, transform_weight
 from hone.targets.target import resolve
 from hone.weights import weights_bytes
 
