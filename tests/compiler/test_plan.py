@@ -77,6 +77,29 @@ def test_kernels_share_a_workspace_and_write_outputs_in_place() -> None:
     assert plan.copies == ()
 
 
+def test_a_tensor_stands_in_the_middle_of_its_storage() -> None:
+    """Half of the rows is then the same half of the memory, whatever the tensor."""
+    pool = {"kernel_shape": [2, 2], "strides": [2, 2]}
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["a"], **pool),
+        helper.make_node("Softmax", ["a"], ["b"], axis=3),
+        helper.make_node("MaxPool", ["b"], ["c"], **pool),
+        helper.make_node("Softmax", ["c"], ["y"], axis=3),
+    ]
+    plan = planned(model(nodes, {"x": [1, 16, 28, 28]}, {"y": [1, 16, 7, 7]}))
+    places = [call.places[-1] for call in plan.calls if call.places[-1].region is Region.WORKSPACE]
+    first, second = 4 * 16 * 28 * 28, 4 * 16 * 14 * 14
+    assert [place.offset_bytes for place in places] == [
+        0,
+        first,
+        (first - second) // 2,
+        first,
+        (first - second) // 2,
+        first + (second - second // 4) // 2 // 64 * 64,
+        (first - second // 4) // 2 // 64 * 64,
+    ]
+
+
 def test_outputs_that_no_kernel_writes_are_copied() -> None:
     block = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType((2, 3), "float32"))
