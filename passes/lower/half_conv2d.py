@@ -98,7 +98,7 @@ def conv2d(
     data : te.Tensor
         ``[N, H, W, C]``, or ``[N, C, H, W]`` with ``channels_first``; float32 is rounded first.
     weight : te.Tensor
-        int32 ``[ceil(K / tk), R, S, C / 2, tk]``; with ``channels_first`` C, R, S / 2 inside.
+        int32 ``[ceil(K / tk), R, S, C / 2, tk]``; with ``channels_first`` C, S / 2, R inside.
     pairs : Pairs
         The machine's way to sum them.
     window : Window
@@ -113,7 +113,7 @@ def conv2d(
     blocks, outer, inner, depth, tile = (int(extent) for extent in weight.shape)
     height, width = window.output
     columns = -(-width // tile_columns) * tile_columns
-    taps_w = PAIR * depth if channels_first else window.taps[1]
+    taps_w = PAIR * inner if channels_first else window.taps[1]
     needed = (columns - 1) * window.strides[1] + window.dilation[1] * (taps_w - 1) + 1
     if channels_first:
         source = _planes(pairs, data, window, width=needed)
@@ -121,23 +121,23 @@ def conv2d(
         needed = needed if columns > width else 0
         source = _padded(pairs, data, window, width=needed, channels=PAIR * depth)
     first, second = te.reduce_axis((0, outer), "r"), te.reduce_axis((0, inner), "s")
-    pair = te.reduce_axis((0, depth), "pair")
+    third = te.reduce_axis((0, depth), "c")
 
     def read(n: tirx.Var, h: tirx.Var, w: tirx.Var, half: int) -> tirx.Expr:
         y, x = h * window.strides[0], w * window.strides[1]
         if channels_first:
-            return source[n, first, y + second * window.dilation[0], x + PAIR * pair + half]
+            return source[n, first, y + third * window.dilation[0], x + PAIR * second + half]
         y, x = y + first * window.dilation[0], x + second * window.dilation[1]
-        return source[n, y, x, PAIR * pair + half]
+        return source[n, y, x, PAIR * third + half]
 
     sums = te.compute(
         (window.shape[0], height, columns, blocks * tile),
         lambda n, h, w, k: pairs.sum(
             lambda half: read(n, h, w, half),
-            weight[k // tile, first, second, pair, k % tile],
-            axis=[first, second, pair],
+            weight[k // tile, first, second, third, k % tile],
+            axis=[first, second, third],
         ),
-        name="conv_acc" + (OVERLAPPING if channels_first else ""),
+        name="conv_acc",
     )
     if blocks * tile == channels and columns == width:
         return sums
@@ -180,6 +180,11 @@ def legalize_half_conv2d(
         depth=-(-values.shape[3] // PAIR),
         taps=values.shape[1] * values.shape[2],
     )
+    packed = pack_conv2d(values, tile.vectors * machine.lanes)
+    if channels_first:
+        # Pairs of a row share words with those of the next pixels: where its steps follow one
+        # another LLVM unrolls them, keeps all the words in registers and the sums in memory.
+        packed = np.ascontiguousarray(packed.swapaxes(2, 3))
     return bb.call_te(
         partial(
             conv2d,
@@ -190,7 +195,7 @@ def legalize_half_conv2d(
             channels_first=channels_first,
         ),
         data,
-        relax.const(pack_conv2d(values, tile.vectors * machine.lanes)),
+        relax.const(packed),
         primfunc_name_hint="conv2d_half",
         primfunc_attrs=ANCHOR,
     )
