@@ -1,6 +1,7 @@
 """Lowers attention to one TIR function in which the scores of a few rows exist at a time.
 
-Rewrites ``relax.nn.attention`` in float32, ``softmax(Q K^T scale + bias) V``. A block of rows takes
+Rewrites ``hone.attention`` and ``relax.nn.attention`` in float32, ``softmax(Q K^T scale + bias) V``
+with scores that may be covered or left out. A block of rows takes
 its products with a block of keys, their softmax and the products with the values without leaving
 the core's cache, see `attention_kernel`; the keys are transposed once for each head. Heads that are
 a slice of a wider tensor are read where they lie, and several heads of queries may share one of
@@ -10,7 +11,6 @@ to the keys; for exp see `elementary`.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 from tvm import relax
@@ -21,6 +21,7 @@ from hone.targets.schedule.tile_model import choose_tile
 
 from .anchors import ANCHOR, default_legalization
 from .attention_kernel import AttentionKernel, Blocks, Heads
+from .attention_operator import Attention
 
 _SLICE = Op.get("relax.strided_slice")
 # The share of a core's L2 that a block of scores may fill.
@@ -75,29 +76,33 @@ def _heads(bb: relax.BlockBuilder, expr: relax.Expr, operands: list[relax.Expr])
 
 
 def legalize_attention(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    """Legalize one ``relax.nn.attention`` call. See the module."""
+    """Legalize one call of ``hone.attention`` or ``relax.nn.attention``. See the module."""
+    found = Attention.of(call)
     batch, rows, heads, depth = (int(extent) for extent in call.args[0].ty.shape)
     _, keys, key_heads, channels = (int(extent) for extent in call.args[2].ty.shape)
     blocks = choose_blocks(machine, rows=rows, keys=keys, depth=depth, channels=channels)
-    plain = (
-        call.attrs.causal_mask is None
-        and call.attrs.window_size is None
-        and heads % key_heads == 0
+    fits = (
+        heads % key_heads == 0
         and all(str(argument.ty.dtype) == "float32" for argument in call.args)
+        and all(int(mask.ty.shape[-1]) == keys for mask in call.args[3:])
     )
-    bias = call.args[3] if len(call.args) > 3 else None
-    if not plain or blocks is None or (bias is not None and int(bias.ty.shape[-1]) != keys):
+    if found is None or blocks is None or not fits:
         return default_legalization(bb, call)
     operands: list[relax.Expr] = []
     query, key, value = (_heads(bb, argument, operands) for argument in call.args[:3])
-    if bias is not None:
-        operands.append(bias)
-    scale = call.attrs.scale
+    masks: dict[str, int | None] = {"bias": None, "cover": None}
+    for name, mask in (("bias", found.bias), ("cover", found.cover)):
+        if mask is not None:
+            masks[name] = len(operands)
+            operands.append(mask)
     kernel = AttentionKernel(
         query=query,
         key=key,
         value=value,
-        bias=None if bias is None else len(operands) - 1,
+        bias=masks["bias"],
+        cover=masks["cover"],
+        cover_first=found.cover_first,
+        causal=found.causal,
         batch=batch,
         rows=rows,
         keys=keys,
@@ -105,7 +110,7 @@ def legalize_attention(machine: Machine, bb: relax.BlockBuilder, call: relax.Cal
         depth=depth,
         channels=channels,
         shared=heads // key_heads,
-        scale=1 / math.sqrt(depth) if scale is None else float(scale),
+        scale=found.scale,
         blocks=blocks,
     )
     return bb.call_te(

@@ -1,6 +1,7 @@
 """The computation of attention, ``softmax(Q K^T scale + bias) V``, block of keys by block of keys.
 
-Every block has its own stages. The maximum, the sum and the result of the rows run along with the
+Scores may be covered by others or, where they follow the row's own position, left out. Every block
+has its own stages. The maximum, the sum and the result of the rows run along with the
 blocks (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), which one
 block does not need. `hone.targets.schedule.attention` puts the stages together.
 """
@@ -13,11 +14,15 @@ from dataclasses import dataclass
 
 from tvm import te, tirx
 
-from hone.targets.schedule.attention import TILE
+from hone.targets.schedule.attention import CAUSAL, TILE
 from hone.targets.schedule.tile_model import Tile
 
 from .elementary import exp_below_0
-from .reductions import MAX, SUM, reduce_rows
+from .reductions import MAX, SUM, Reducer, reduce_rows
+
+# What a cover holds for a key that is seen, and what the score of one that is not seen becomes.
+_SHOWN = tirx.const(math.inf, "float32")
+_HIDDEN = tirx.const(-math.inf, "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +84,13 @@ class AttentionKernel:
     ----------
     query, key, value : Heads
         Where they are among the operands, ``[B, rows, heads, D]`` each.
-    bias : int or None
-        Where the bias ``[B or 1, H or 1, M or 1, S]`` is.
+    bias, cover : int or None
+        Where the bias and the cover ``[B or 1, H or 1, M or 1, S]`` are. A score is replaced by its
+        cover unless that is plus infinity.
+    cover_first : bool
+        The bias is added to what the cover leaves, rather than covered as well.
+    causal : int or None
+        Row m sees the keys up to ``m + causal``, which is not negative; others are not even read.
     batch, rows, keys, heads, depth, channels : int
         B, M, S, H of the queries, D, and C of the values.
     shared : int
@@ -95,6 +105,9 @@ class AttentionKernel:
     key: Heads
     value: Heads
     bias: int | None
+    cover: int | None
+    cover_first: bool
+    causal: int | None
     batch: int
     rows: int
     keys: int
@@ -126,12 +139,14 @@ class AttentionKernel:
         """Return ``[B, M, H, C]``."""
         turned = self._turned(operands[self.key.operand])
         values = self._values(operands[self.value.operand])
-        bias = None if self.bias is None else self._bias(operands[self.bias])
+        bias = None if self.bias is None else self._extended(operands[self.bias], "attn_bias")
+        cover = None if self.cover is None else self._extended(operands[self.cover], "attn_cover")
+        guarded = bias is not None or cover is not None
         states: list[_State] = []
         for index in range(self.blocks.count):
-            scores = self._scores(index, operands[self.query.operand], turned, bias)
+            scores = self._scores(index, operands[self.query.operand], turned, bias, cover)
             before = states[-1] if states else None
-            states.append(self._step(index, scores, values, before, guarded=bias is not None))
+            states.append(self._step(index, scores, values, before, guarded=guarded))
         result = self._mean(states[-1])
         return te.compute(
             (self.batch, self.rows, self.heads, self.channels),
@@ -174,20 +189,23 @@ class AttentionKernel:
         )
         return lambda *i: copied[i]
 
-    def _bias(self, bias: te.Tensor) -> te.Tensor:
-        """Return the bias with minus infinity for the keys beyond the last."""
+    def _extended(self, mask: te.Tensor, name: str) -> te.Tensor:
+        """Return a bias or cover with minus infinity for the keys beyond the last."""
         if self._wide == self.keys:
-            return bias
+            return mask
         return te.compute(
-            (*bias.shape[:3], self._wide),
-            lambda b, h, m, s: tirx.if_then_else(
-                s < self.keys, bias[b, h, m, s], tirx.const(-math.inf, "float32")
-            ),
-            name="attn_bias",
+            (*mask.shape[:3], self._wide),
+            lambda b, h, m, s: tirx.if_then_else(s < self.keys, mask[b, h, m, s], _HIDDEN),
+            name=name,
         )
 
     def _scores(
-        self, index: int, query: te.Tensor, turned: te.Tensor, bias: te.Tensor | None
+        self,
+        index: int,
+        query: te.Tensor,
+        turned: te.Tensor,
+        bias: te.Tensor | None,
+        cover: te.Tensor | None,
     ) -> te.Tensor:
         """Return the scores of a block of keys, minus infinity beyond the last key."""
         first, tile = index * self.blocks.keys, self.blocks.tile
@@ -202,17 +220,28 @@ class AttentionKernel:
 
         def score(b: tirx.Expr, h: tirx.Expr, m: tirx.Expr, s: tirx.Expr) -> tirx.Expr:
             value = products[b, h, m, s]
-            if bias is not None:
-                at = (b, h, self._row(m))
-                own = [0 if int(n) == 1 else i for i, n in zip(at, bias.shape, strict=False)]
-                return value + bias[(*own, first + s)]
-            if first + self.blocks.keys <= self.keys:
-                return value
-            return tirx.Select(first + s < self.keys, value, tirx.const(-math.inf, "float32"))
 
-        return te.compute(
-            shape, score, name=f"attn_scores{index}", attrs={TILE: [tile.columns, tile.vectors]}
-        )
+            def of(mask: te.Tensor) -> tirx.Expr:
+                at = (b, h, self._row(m))
+                own = [0 if int(n) == 1 else i for i, n in zip(at, mask.shape, strict=False)]
+                return mask[(*own, first + s)]
+
+            if cover is not None and self.cover_first:
+                value = tirx.Select(of(cover) == _SHOWN, value, of(cover))
+            if bias is not None:
+                value = value + of(bias)
+            if cover is not None and not self.cover_first:
+                value = tirx.Select(of(cover) == _SHOWN, value, of(cover))
+            if self.causal is not None:
+                value = tirx.Select(first + s <= m + self.causal, value, _HIDDEN)
+            if bias is not None or cover is not None or first + self.blocks.keys <= self.keys:
+                return value
+            return tirx.Select(first + s < self.keys, value, _HIDDEN)
+
+        attrs: dict[str, object] = {TILE: [tile.columns, tile.vectors]}
+        if self.causal is not None:
+            attrs[CAUSAL] = self.causal
+        return te.compute(shape, score, name=f"attn_scores{index}", attrs=attrs)
 
     def _step(
         self,
@@ -230,9 +259,9 @@ class AttentionKernel:
         masked as a whole (``guarded``), the maximum is not below the least finite number, so that
         its powers are 0.
         """
-        outer, wide, lanes = self._outer, self.blocks.keys, self.blocks.lanes
+        outer, wide = self._outer, self.blocks.keys
         first = index * wide
-        most = reduce_rows(lambda i, _, s: scores[(*i, s)], outer, wide, MAX, lanes=lanes)
+        most = self._reduced(scores, MAX)
         if before is not None:
             top = te.compute(outer, lambda *i: tirx.max(before.top[i], most[i]), name="row_top")
         elif guarded and self.blocks.count > 1:
@@ -243,7 +272,7 @@ class AttentionKernel:
         powers = te.compute(
             (*outer, wide), lambda *i: exp_below_0(scores[i] - top[i[:-1]]), name="row_exp"
         )
-        total = reduce_rows(lambda i, _, s: powers[(*i, s)], outer, wide, SUM, lanes=lanes)
+        total = self._reduced(powers, SUM)
         s = te.reduce_axis((0, min(wide, self.keys - first)), "s")
 
         def product(b: tirx.Expr, h: tirx.Expr, m: tirx.Expr, c: tirx.Expr) -> tirx.Expr:
@@ -265,6 +294,17 @@ class AttentionKernel:
                 lambda *i: before.result[i] * decay[i[:-1]] + sums[i],
                 name=f"attn_run{index}",
             ),
+        )
+
+    def _reduced(self, rows: te.Tensor, reducer: Reducer) -> te.Tensor:
+        """Reduce along the keys of a block, whole tiles of scores at a time where some are left."""
+        return reduce_rows(
+            lambda i, _, s: rows[(*i, s)],
+            self._outer,
+            self.blocks.keys,
+            reducer,
+            lanes=self.blocks.lanes,
+            together=0 if self.causal is None else self.blocks.tile.vectors,
         )
 
     def _mean(self, state: _State) -> te.Tensor:

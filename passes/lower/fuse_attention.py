@@ -1,16 +1,17 @@
 """Writes ``softmax(Q K^T scale + bias) V`` as one operator, transpositions of heads included.
 
 Rewrites a ``relax.matmul`` of a float32 ``relax.nn.softmax`` along the last axis, whose argument is
-a product of two activations, scaled by constants and then added to a bias, in that order, to
-``relax.nn.attention``, which `attention` lowers. Q, K and V are read where they lie: a chain of
-reshapes, permutations and splits is taken back to a slice of heads of one tensor wherever strides
-can express it. Runs on a lowered-to-be module before legalization. Numerics: divisions by constants
-become multiplications; sums may be taken in another order.
+what `attention_scores` reads, to ``hone.attention``, which `attention` lowers. Q, K and V are read
+where they lie: a chain of reshapes, permutations, splits and scalings is taken back to a slice of
+heads of one tensor wherever strides can express it, and heads of keys that are repeated for several
+of queries are read in their place. Runs on a lowered-to-be module before legalization. Numerics:
+divisions by constants become multiplications; sums may be taken in another order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tvm
@@ -21,76 +22,90 @@ from hone.passes.graph.dataflow import Dataflow, Rebuilder, is_dataflow, shape_o
 from hone.targets.schedule.machine import Machine
 
 from .attention import choose_blocks
+from .attention_operator import Attention
+from .attention_scores import (
+    Scores,
+    cover_over,
+    factor_of,
+    mask_over,
+    product_of,
+    read_scores,
+)
 
 _MATMUL = Op.get("relax.matmul")
 _SOFTMAX = Op.get("relax.nn.softmax")
-_ADD = Op.get("relax.add")
 _MULTIPLY = Op.get("relax.multiply")
 _DIVIDE = Op.get("relax.divide")
 _PERMUTE = Op.get("relax.permute_dims")
 _RESHAPE = Op.get("relax.reshape")
 _SPLIT = Op.get("relax.split")
+_BROADCAST = Op.get("relax.broadcast_to")
 
 HEADS_BEHIND_ROWS = [0, 2, 1, 3]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Attention:
-    """The parts of a match; shapes ``[B, H, M, D]``, ``[B, H, D, S]`` and ``[B, H, S, D]``."""
+class _Match:
+    """The parts of a match; values ``[B, H, S, C]`` or without heads."""
 
-    query: relax.Expr
-    key: relax.Expr
+    scores: Scores
     value: relax.Expr
-    scale: float
-    bias: relax.Expr | None
 
 
-def _scalar(graph: Dataflow, expr: relax.Expr) -> float | None:
-    value = graph.constant(expr)
-    return float(value.reshape(())) if value is not None and value.size == 1 else None
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _View:
+    """An expression as a view of another one's memory, and as a permutation of one that is nearer.
+
+    Parameters
+    ----------
+    base : relax.Expr
+        What lies in memory.
+    memory, array : ndarray
+        In its place, and the view of it; only addresses mean anything.
+    factor : float
+        The expression is the view times this.
+    repeated : bool
+        Each head of the view, ``[B, G, S, D]`` in some order, stands for several.
+    near : relax.Expr
+        Of which the expression is a permutation; ``[B, G, 1, S, D]`` where heads are repeated.
+    order : tuple of int
+        The permutation.
+    rest : float
+        The expression is the permutation times this.
+    """
+
+    base: relax.Expr
+    memory: np.ndarray
+    array: np.ndarray
+    near: relax.Expr
+    order: tuple[int, ...]
+    factor: float = 1.0
+    repeated: bool = False
+    rest: float = 1.0
+
+    @classmethod
+    def whole(cls, expr: relax.Expr) -> _View:
+        """Return the view of an expression that is its own memory."""
+        memory = np.empty(shape_of(expr), np.int8)
+        order = tuple(range(memory.ndim))
+        return cls(base=expr, memory=memory, array=memory, near=expr, order=order)
+
+    def stepped(self, expr: relax.Expr, array: np.ndarray) -> _View:
+        """Return the view of an expression of other axes."""
+        return replace(self, array=array, near=expr, order=tuple(range(array.ndim)), rest=1.0)
+
+    def permuted(self, axes: Sequence[int]) -> _View:
+        """Return the view with its axes in another order."""
+        order = tuple(self.order[axis] for axis in axes)
+        return replace(self, array=self.array.transpose(axes), order=order)
+
+    def scaled(self, factor: float) -> _View:
+        """Return the view times a number."""
+        return replace(self, factor=self.factor * factor, rest=self.rest * factor)
 
 
-def _product(graph: Dataflow, expr: relax.Expr) -> relax.Call | None:
-    """Return the float32 product, of equal leading axes, that defines an expression."""
-    call = graph.call(expr, _MATMUL)
-    if call is None or any(str(e.ty.dtype) != "float32" for e in (call, *call.args)):
-        return None
-    left, right = (shape_of(argument) for argument in call.args)
-    fit = len(left) == len(right) in (3, 4) and left[:-2] == right[:-2]
-    return call if fit else None
-
-
-def _scores(
-    graph: Dataflow, expr: relax.Expr
-) -> tuple[relax.Call, float, relax.Expr | None] | None:
-    """Return product, scale and bias of what is softmaxed; every step must be used once."""
-    if not isinstance(expr, relax.Var) or not graph.used_once(expr):
-        return None
-    product = _product(graph, expr)
-    if product is not None:
-        return product, 1.0, None
-    call = graph.call(expr)
-    if call is None or not any(call.op.same_as(op) for op in (_ADD, _MULTIPLY, _DIVIDE)):
-        return None
-    left, right = call.args
-    orders = [(left, right)] if call.op.same_as(_DIVIDE) else [(left, right), (right, left)]
-    for data, other in orders:
-        found = _scores(graph, data) if shape_of(data) == shape_of(call) else None
-        if found is None or found[2] is not None:
-            continue
-        product, scale, _ = found
-        number = _scalar(graph, other)
-        if call.op.same_as(_ADD):
-            return product, scale, other
-        if call.op.same_as(_MULTIPLY) and number is not None:
-            return product, scale * number, None
-        if call.op.same_as(_DIVIDE) and number:
-            return product, scale / number, None
-    return None
-
-
-def _match(graph: Dataflow, call: relax.Call | None, machine: Machine) -> _Attention | None:
-    outer = None if call is None else _product(graph, call)
+def _match(graph: Dataflow, call: relax.Call | None, machine: Machine) -> _Match | None:
+    outer = None if call is None else product_of(graph, call)
     if outer is None or not isinstance(outer.args[0], relax.Var):
         return None
     softmax = graph.call(outer.args[0], _SOFTMAX)
@@ -99,27 +114,19 @@ def _match(graph: Dataflow, call: relax.Call | None, machine: Machine) -> _Atten
     shape = shape_of(softmax)
     if int(softmax.attrs.axis) % len(shape) != len(shape) - 1:
         return None
-    found = _scores(graph, softmax.args[0])
-    if found is None:
+    scores = read_scores(graph, softmax.args[0])
+    if scores is None or shape_of(scores.product) != shape:
         return None
-    product, scale, bias = found
-    query, key = product.args
-    channels = shape_of(outer)[-1]
-    depth = shape_of(query)[-1]
-    if shape_of(product) != shape or depth != channels:
-        return None
+    channels, depth = shape_of(outer)[-1], shape_of(scores.product.args[0])[-1]
     if not choose_blocks(machine, rows=shape[-2], keys=shape[-1], depth=depth, channels=channels):
         return None
-    if bias is not None and (str(bias.ty.dtype) != "float32" or shape_of(bias)[-1:] != shape[-1:]):
+    if scores.bias is not None and str(scores.bias.ty.dtype) != "float32":
         return None
-    return _Attention(query=query, key=key, value=outer.args[1], scale=scale, bias=bias)
+    return _Match(scores=scores, value=outer.args[1])
 
 
 def _step(view: np.ndarray, call: relax.Call, index: int) -> np.ndarray | None:
-    """Return what an operator makes of a view of memory, None where it would move elements."""
-    if call.op.same_as(_PERMUTE):
-        axes = call.attrs.axes
-        return view.transpose(None if axes is None else [int(axis) for axis in axes])
+    """Return what a split or reshape makes of a view, None where it would move elements."""
     if call.op.same_as(_SPLIT):
         sections = call.attrs.indices_or_sections
         parts = int(sections) if isinstance(sections, tvm.tirx.IntImm) else None
@@ -129,53 +136,57 @@ def _step(view: np.ndarray, call: relax.Call, index: int) -> np.ndarray | None:
     return moved if np.may_share_memory(moved, view) else None
 
 
-def _view(graph: Dataflow, expr: relax.Expr) -> tuple[relax.Expr, np.ndarray, np.ndarray]:
-    """Take an expression back through operators that only look at memory differently.
+def _repeated(graph: Dataflow, call: relax.Call) -> relax.Expr | None:
+    """Return ``[B, G, 1, S, D]`` of which a call makes ``[B, r G, S, D]``, each head r times."""
+    source = graph.call(call.args[0], _BROADCAST) if call.op.same_as(_RESHAPE) else None
+    if source is None:
+        return None
+    before, wide, after = shape_of(source.args[0]), shape_of(source), shape_of(call)
+    if len(before) != 5 or before[2] != 1 or before != (*wide[:2], 1, *wide[3:]):
+        return None
+    return source.args[0] if after == (wide[0], wide[1] * wide[2], *wide[3:]) else None
 
-    Returns
-    -------
-    tuple
-        The expression that lies in memory, an array in its place, and the view of it; of the
-        arrays only the addresses mean anything.
-    """
+
+def _view(graph: Dataflow, expr: relax.Expr) -> _View:
+    """Take an expression back through operators that only look at memory differently, or scale."""
     value = graph.definition.get(expr) if isinstance(expr, relax.Var) else None
     index = 0
     if isinstance(value, relax.TupleGetItem):
         index, value = int(value.index), graph.call(value.tuple_value, _SPLIT)
-    if isinstance(value, relax.Call) and any(
-        value.op.same_as(op) for op in (_PERMUTE, _RESHAPE, _SPLIT)
-    ):
-        base, memory, view = _view(graph, value.args[0])
-        stepped = _step(view, value, index)
+    if not isinstance(value, relax.Call):
+        return _View.whole(expr)
+    if value.op.same_as(_MULTIPLY) or value.op.same_as(_DIVIDE):
+        scaled = factor_of(graph, value)
+        if scaled is not None and shape_of(scaled[0]) == shape_of(expr):
+            return _view(graph, scaled[0]).scaled(scaled[1])
+    elif value.op.same_as(_PERMUTE):
+        axes = value.attrs.axes
+        axes = range(len(shape_of(expr)))[::-1] if axes is None else [int(axis) for axis in axes]
+        return _view(graph, value.args[0]).permuted(axes)
+    repeated = _repeated(graph, value)
+    if repeated is not None:
+        view = _view(graph, repeated)
+        if not view.repeated:
+            view = view.stepped(repeated, view.array[:, :, 0])
+            return replace(view, repeated=True)
+    if value.op.same_as(_RESHAPE) or value.op.same_as(_SPLIT):
+        view = _view(graph, value.args[0])
+        stepped = None if view.repeated else _step(view.array, value, index)
         if stepped is not None:
-            return base, memory, stepped
-    memory = np.empty(shape_of(expr), np.int8)
-    return expr, memory, memory
+            return view.stepped(expr, stepped)
+    return _View.whole(expr)
 
 
-def _rows_of_heads(
-    graph: Dataflow, builder: Rebuilder, expr: relax.Expr, axes: tuple[int, ...], name: str
-) -> relax.Expr:
-    """Return an operand as ``[B, rows, H, D]``, read where it lies if that can be expressed.
-
-    Parameters
-    ----------
-    graph, builder : Dataflow, Rebuilder
-        Before and after.
-    expr : relax.Expr
-        ``[B, H, ., .]`` or ``[B, ., .]``.
-    axes : tuple of int
-        Where batch, rows, heads and depth are, once heads are an axis.
-    name : str
-        Of the new bindings.
-    """
-    base, memory, view = _view(graph, expr)
-    if view.ndim == 3:
-        view = view[:, None]
-    view = view.transpose(axes)
-    batch, rows, heads, depth = view.shape
-    over_batch, over_rows, over_heads, over_depth = view.strides
-    first = view.__array_interface__["data"][0] - memory.__array_interface__["data"][0]
+def _slice_of_heads(
+    builder: Rebuilder, view: _View, axes: tuple[int, ...], name: str
+) -> relax.Expr | None:
+    """Return a view as ``[B, rows, H, D]``, None where strides cannot express it."""
+    array = view.array[:, None] if view.array.ndim == 3 else view.array
+    array = array.transpose(axes)
+    batch, rows, heads, depth = array.shape
+    over_batch, over_rows, over_heads, over_depth = array.strides
+    memory = view.memory
+    first = array.__array_interface__["data"][0] - memory.__array_interface__["data"][0]
     fits = (
         over_depth == 1
         and over_rows % depth == 0
@@ -187,49 +198,91 @@ def _rows_of_heads(
     )
     step = over_heads // depth if heads > 1 else 1
     begin = first // depth
-    if fits and begin + (heads - 1) * step < over_rows // depth:
-        all_heads = over_rows // depth
-        operand = builder.use(base)
-        if shape_of(operand) != (batch, rows, all_heads, depth):
-            operand = builder.emit(
-                relax.op.reshape(operand, (batch, rows, all_heads, depth)), f"{name}_heads"
-            )
-        if (begin, step, all_heads) == (0, 1, heads):
-            return operand
-        end = begin + (heads - 1) * step + 1
-        return builder.emit(
-            relax.op.strided_slice(operand, axes=[2], begin=[begin], end=[end], strides=[step]),
-            f"{name}_slice",
+    if not fits or begin + (heads - 1) * step >= over_rows // depth:
+        return None
+    all_heads = over_rows // depth
+    operand = builder.use(view.base)
+    if shape_of(operand) != (batch, rows, all_heads, depth):
+        operand = builder.emit(
+            relax.op.reshape(operand, (batch, rows, all_heads, depth)), f"{name}_heads"
         )
-    operand = builder.use(expr)
-    shape = shape_of(expr)
-    if len(shape) == 3:
-        shape = (shape[0], 1, *shape[1:])
+    if (begin, step, all_heads) == (0, 1, heads):
+        return operand
+    end = begin + (heads - 1) * step + 1
+    return builder.emit(
+        relax.op.strided_slice(operand, axes=[2], begin=[begin], end=[end], strides=[step]),
+        f"{name}_slice",
+    )
+
+
+def _rows_of_heads(
+    builder: Rebuilder, view: _View, axes: tuple[int, ...], name: str
+) -> tuple[relax.Expr, float]:
+    """Return an operand as ``[B, rows, H, D]``, read where it lies if that can be expressed.
+
+    Parameters
+    ----------
+    builder : Rebuilder
+        Takes the bindings.
+    view : _View
+        Of the operand, ``[B, H, ., .]`` or ``[B, ., .]``; heads that stand for several stay so.
+    axes : tuple of int
+        Where batch, rows, heads and depth are, once heads are an axis.
+    name : str
+        Of the new bindings.
+
+    Returns
+    -------
+    tuple
+        The operand, and what it is still to be multiplied with.
+    """
+    found = _slice_of_heads(builder, view, axes, name)
+    if found is not None:
+        return found, view.factor
+    order, shape = view.order, shape_of(view.near)
+    if len(order) == 3:
+        order = (0, 1, *(axis + 1 for axis in order[1:]))
+    operand = builder.use(view.near)
+    if len(shape) != 4:
+        # One head that stands for several, or none.
+        shape = (*shape[:2], *shape[3:]) if view.repeated else (shape[0], 1, *shape[1:])
         operand = builder.emit(relax.op.reshape(operand, shape), f"{name}_heads")
-    return builder.emit(relax.op.permute_dims(operand, list(axes)), f"{name}_rows")
+    permuted = relax.op.permute_dims(operand, [order[axis] for axis in axes])
+    return builder.emit(permuted, f"{name}_rows"), view.rest
 
 
-def _bias(builder: Rebuilder, bias: relax.Expr, shape: tuple[int, ...], name: str) -> relax.Expr:
-    """Return the bias with the axes of ``[B, H, M, S]``, of which all but the last may be 1."""
-    own = shape_of(bias)
-    padded = (1,) * (len(shape) - len(own)) + own
-    if len(shape) == 3:
-        padded = (padded[0], 1, *padded[1:])
-    operand = builder.use(bias)
-    return operand if own == padded else builder.emit(relax.op.reshape(operand, padded), name)
-
-
-def _emit(graph: Dataflow, builder: Rebuilder, match: _Attention, name: str) -> relax.Expr:
-    """Append the operator's operands and return its call, ``[B, M, H, D]``."""
+def _emit(graph: Dataflow, builder: Rebuilder, match: _Match, name: str) -> relax.Expr:
+    """Append the operator's operands and return its call, ``[B, M, H, C]``."""
+    scores = match.scores
     rows_first = (0, 2, 1, 3)
-    query = _rows_of_heads(graph, builder, match.query, rows_first, f"{name}_query")
-    key = _rows_of_heads(graph, builder, match.key, (0, 3, 1, 2), f"{name}_key")
-    value = _rows_of_heads(graph, builder, match.value, rows_first, f"{name}_value")
-    bias = None
-    if match.bias is not None:
-        scores = (*shape_of(match.query)[:-1], shape_of(match.key)[-1])
-        bias = _bias(builder, match.bias, scores, f"{name}_bias")
-    return relax.op.nn.attention(query, key, value, bias=bias, scale=match.scale)
+    left, right = scores.product.args
+    of_query, of_key, of_value = (_view(graph, expr) for expr in (left, right, match.value))
+    if of_query.repeated or of_query.order[0] != 0:
+        of_query = _View.whole(left)
+    if of_key.repeated != of_value.repeated or of_key.order[0] != 0:
+        of_key, of_value = _View.whole(right), _View.whole(match.value)
+    if of_value.factor != 1 or of_value.order[0] != 0:
+        of_key = _View.whole(right) if of_value.repeated else of_key
+        of_value = _View.whole(match.value)
+    query, by_query = _rows_of_heads(builder, of_query, rows_first, f"{name}_query")
+    key, by_key = _rows_of_heads(builder, of_key, (0, 3, 1, 2), f"{name}_key")
+    value, _ = _rows_of_heads(builder, of_value, rows_first, f"{name}_value")
+    shape = shape_of(scores.product)
+    bias = cover = None
+    if scores.bias is not None:
+        bias = mask_over(builder, scores.bias, shape, f"{name}_bias")
+    if scores.cover is not None:
+        cover = cover_over(builder, scores.cover, shape, f"{name}_cover")
+    return Attention(
+        query=query,
+        key=key,
+        value=value,
+        scale=scores.scale * by_query * by_key,
+        bias=bias,
+        cover=cover,
+        cover_first=scores.cover_first,
+        causal=scores.causal,
+    ).call()
 
 
 @relax.transform.function_pass(opt_level=0)

@@ -13,7 +13,9 @@ from tvm.s_tir.pipeline import default_s_tir_pipeline
 
 from .configure_tiles import ConfigureTiles
 from .import_intrinsics import ImportIntrinsics
+from .prefetch_residual import PrefetchResidual
 from .prefetch_weights import PrefetchWeights
+from .skip_hidden_keys import SkipHiddenKeys
 
 # A thread's stack is 8 MiB by default, and 64 KiB is the least a POSIX thread may have on Linux
 # targets of ours; a register tile needs 2 KiB and a padded row patch rarely more than 16.
@@ -86,12 +88,14 @@ def tir_pipeline() -> tvm.transform.Pass:
         Module pass, host finalization, device finalization: what ``tvm.tirx.build`` asks for.
     """
     lower, finalize_host, finalize_device = default_s_tir_pipeline()
+    lower = tvm.transform.Sequential([PrefetchResidual(), lower])
 
     def finalize() -> tvm.transform.Pass:
         return tvm.transform.Sequential(
             [
                 ConfigureTiles(),
                 PrefetchWeights(),
+                SkipHiddenKeys(),
                 PromoteAccumulators(),
                 ImportIntrinsics(),
                 finalize_host(),

@@ -72,6 +72,7 @@ def reduce_rows(
     *,
     lanes: int,
     extra: Sequence[int] = (),
+    together: int = 0,
 ) -> te.Tensor:
     """Reduce along the contiguous axis, for each index of the outer axes.
 
@@ -89,6 +90,8 @@ def reduce_rows(
         Of one vector.
     extra : sequence of int
         Extents of further axes that are reduced.
+    together : int
+        No step takes parts of two groups of so many vectors; 0 where the row has no groups.
 
     Returns
     -------
@@ -98,7 +101,8 @@ def reduce_rows(
     while lanes > 1 and extent < 2 * lanes:
         lanes //= 2
     vectors = extent // lanes
-    chains = max(c for c in range(1, MAX_CHAINS + 1) if vectors % c == 0)
+    whole = math.gcd(vectors, together)
+    chains = max(c for c in range(1, MAX_CHAINS + 1) if whole % c == 0)
     width = lanes * chains
     k = te.reduce_axis((0, vectors // chains), "k")
     more = [te.reduce_axis((0, size), f"e{i}") for i, size in enumerate(extra)]

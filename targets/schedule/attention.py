@@ -3,7 +3,9 @@
 Inside a task, blocks of rows follow one another, and for each the blocks of keys: products tile by
 tile, each stored as a score, the softmax of the rows, and products with the values. The keys are
 turned so that vectors run along them: in the task where it has a head of its own, else for all
-heads beforehand.
+heads beforehand. Where a row sees no key behind it, loops along keys are marked, so that
+`hone.passes.lower.skip_hidden_keys` ends them at the last key that their block of rows sees; tasks
+take blocks of rows in turn, so that each has as many keys.
 """
 
 from __future__ import annotations
@@ -30,8 +32,18 @@ from .rows import vectorize_contiguous
 
 # Annotation of the scores: rows, and vectors of keys, of a register tile.
 TILE = "hone.tile"
+# Annotation of the scores: that row m sees the keys up to so many more.
+CAUSAL = "hone.causal"
+# Annotation of a loop of which the first row of a block depends: ``(loop % n) * step`` is added to
+# it, ``[n, step]``.
+ROWS = "hone.rows"
+# Annotation of a loop along keys: ``[wide, turns, more]``, so many turns for each ``wide`` keys, of
+# which it needs ``first row + more``.
+KEYS = "hone.keys"
 # How much longer the slowest thread may take than the average, before rows are cut further.
 IMBALANCE = 1.05
+# Blocks that are computed for all heads, before the tasks or in one that has a head of its own.
+_BEFOREHAND = ("attn_keys", "attn_rows", "attn_bias", "attn_cover", "attn_values")
 
 
 def schedule_attention(schedule: s_tir.Schedule, machine: Machine) -> None:
@@ -58,10 +70,13 @@ def schedule_attention(schedule: s_tir.Schedule, machine: Machine) -> None:
     tile = _Tile(machine, tile_rows, channels)
     parts = _parts(machine, batch * heads, long // tile_rows)
     b, h, m, c = schedule.get_loops(mean)
-    m_part, m_block, m_inner = schedule.split(m, [parts, None, tile_rows])
+    m_block, m_part, m_inner = schedule.split(m, [None, parts, tile_rows])
     c_outer, c_inner = schedule.split(c, [None, tile.vectors * tile.lanes])
     schedule.reorder(b, h, m_part, m_block, c_outer, m_inner, c_inner)
     task = schedule.fuse(b, h, m_part)
+    hidden = _Hidden(schedule, scores, tile_rows)
+    hidden.mark_rows(task, parts, tile_rows)
+    hidden.mark_rows(m_block, long // tile_rows // parts, parts * tile_rows)
     schedule.reverse_compute_at(output, c_outer, preserve_unit_loops=True)
     sums = {}
     rows, products = [], []
@@ -69,7 +84,7 @@ def schedule_attention(schedule: s_tir.Schedule, machine: Machine) -> None:
     own = [name for name in blocks if not name.startswith(("attn_mean", "attn_out"))]
     for name in reversed(own):
         block = blocks[name]
-        if name.startswith(("attn_keys", "attn_rows", "attn_bias", "attn_values")):
+        if name.startswith(_BEFOREHAND):
             continue
         if name.startswith("attn_acc"):
             schedule.compute_at(block, runs[name], preserve_unit_loops=True)
@@ -83,12 +98,13 @@ def schedule_attention(schedule: s_tir.Schedule, machine: Machine) -> None:
         elif name.startswith("attn_scores"):
             schedule.compute_at(block, m_block, preserve_unit_loops=True)
             at = _schedule_scores(schedule, machine, block, key_vectors)
+            hidden.mark_keys(block, at, wide=key_vectors * machine.lanes, turns=1)
             runs[name.replace("scores", "products")] = at
         else:
             schedule.compute_at(block, m_block, preserve_unit_loops=True)
             rows.append(block)
     _schedule_keys(schedule, machine, blocks, task if parts == shared == 1 else None)
-    for name in ("attn_bias", "attn_values"):
+    for name in ("attn_bias", "attn_cover", "attn_values"):
         if name in blocks:
             schedule_elementwise_block(schedule, machine, blocks[name])
     # Before the sums are split from their start: a loop that holds both parts is refused.
@@ -98,8 +114,9 @@ def schedule_attention(schedule: s_tir.Schedule, machine: Machine) -> None:
         _schedule_products(schedule, machine, block)
     for block in rows:
         vectorize_contiguous(schedule, machine, block, outer_loops=5)
+        hidden.mark_row(block, wide=key_vectors * machine.lanes)
     for block in sums.values():
-        tile.schedule_sums(schedule, block)
+        hidden.mark_keys(block, tile.schedule_sums(schedule, block), wide=1, turns=1)
     tile.finish(schedule, [m_inner], c_inner)
     tile.finish(schedule, [], schedule.get_loops(output)[-1])
 
@@ -128,8 +145,8 @@ class _Tile:
         for loop in (*rows, vector):
             schedule.unroll(loop)
 
-    def schedule_sums(self, schedule: s_tir.Schedule, block: SBlockRV) -> None:
-        """Keep a tile of sums in registers."""
+    def schedule_sums(self, schedule: s_tir.Schedule, block: SBlockRV) -> LoopRV:
+        """Keep a tile of sums in registers; returns the loop along keys."""
         loops = schedule.get_loops(block)
         m, c, s = loops[-3:]
         c_vector, c_lane = schedule.split(c, [None, self.lanes])
@@ -138,6 +155,49 @@ class _Tile:
         for loop in (m, c_vector):
             schedule.unroll(loop)
         start_sums(schedule, block, s, outer_loops=len(loops) - 3)
+        return s
+
+
+class _Hidden:
+    """Marks loops along keys, of which a block of rows may see only the first ones."""
+
+    def __init__(self, schedule: s_tir.Schedule, scores: SBlockRV, rows: int) -> None:
+        self._schedule = schedule
+        self._keys = extents(schedule, scores)[-1]
+        causal = schedule.get(scores).annotations.get(CAUSAL)
+        # Keys that the last row of the first block sees.
+        self._more = None if causal is None else int(causal) + rows
+
+    def mark_rows(self, loop: LoopRV, count: int, step: int) -> None:
+        """Mark a loop of which the first row depends."""
+        if self._more is not None:
+            self._schedule.annotate(loop, ROWS, [count, step])
+
+    def mark_keys(self, block: SBlockRV, loop: LoopRV, *, wide: int, turns: int) -> None:
+        """Mark a loop along keys that makes so many turns for so many keys."""
+        if self._more is not None:
+            more = self._more - self._index(block) * self._keys
+            self._schedule.annotate(loop, KEYS, [wide, turns, more])
+
+    def mark_row(self, block: SBlockRV, *, wide: int) -> None:
+        """Mark the loop along keys of a scheduled step of the softmax, where it has one."""
+        name = name_of(self._schedule, block)
+        loops = self._schedule.get_loops(block)
+        along = {"row_exp": -2, "row_par": -3}.get(name[:7])
+        if along is not None:
+            turns = int(self._schedule.get(loops[along]).extent) * wide // self._keys
+            self.mark_keys(block, loops[along], wide=wide, turns=turns)
+
+    def _index(self, block: SBlockRV) -> int:
+        """Return which block of keys a block of the schedule belongs to."""
+        name = name_of(self._schedule, block)
+        if name.startswith("attn_"):
+            return int(
+                name.removesuffix("_update").removeprefix("attn_scores").removeprefix("attn_acc")
+            )
+        before = {name_of(self._schedule, b): b for b in self._schedule.get_producers(block)}
+        reads = (b for n, b in before.items() if n.startswith(("attn_scores", "row_exp")))
+        return self._index(next(reads))
 
 
 def _output(schedule: s_tir.Schedule) -> SBlockRV:

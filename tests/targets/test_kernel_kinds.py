@@ -220,6 +220,7 @@ class Attention:
     keys: int = 7
     depth: int = 16
     bias: tuple[int, ...] | None = None
+    causal: bool = False
 
 
 ATTENTIONS = [
@@ -227,6 +228,7 @@ ATTENTIONS = [
     Attention(batch=1, heads=1, rows=1, keys=1),
     Attention(batch=1, rows=37, keys=67, depth=32),
     Attention(batch=1, heads=3, rows=13, keys=13, depth=8, bias=(13, 13)),
+    Attention(batch=1, heads=1, rows=67, keys=67, depth=32, causal=True),
 ]
 
 
@@ -305,6 +307,10 @@ class Network:
         if a.bias is not None:
             bias = self._input(f"{name}_bias", a.bias)
             scores = self._node(f"{name}_biased", "Add", [scores, bias])
+        if a.causal:
+            shown = self._weight(f"{name}_shown", np.tri(a.rows, a.keys, dtype=bool))
+            least = self._weight(f"{name}_least", np.finfo(np.float32).min.reshape(()))
+            scores = self._node(f"{name}_covered", "Where", [shown, scores, least])
         shares = self._node(f"{name}_shares", "Softmax", [scores], axis=-1)
         heads = self._node(f"{name}_heads", "MatMul", [shares, v])
         self._node(name, "Transpose", [heads], perm=[0, 2, 1, 3])

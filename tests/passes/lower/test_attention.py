@@ -12,6 +12,7 @@ from tvm import relax
 
 from hone import pipeline
 from hone.passes.lower.attention import choose_blocks
+from hone.passes.lower.attention_operator import Attention
 from hone.passes.lower.fuse_attention import FuseAttention
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target, resolve
@@ -259,7 +260,8 @@ def test_packed_heads_are_slices_of_one_tensor_and_nothing_is_permuted() -> None
             for first in (0, 2, 4):
                 heads = builder.emit(op.reshape(x, (1, 5, 6, 8)))
                 parts.append(builder.emit(op.strided_slice(heads, [2], [first], [first + 2], [1])))
-            rows = builder.emit(op.nn.attention(*parts, scale=0.25))
+            query, key, value = parts
+            rows = builder.emit(Attention(query=query, key=key, value=value, scale=0.25).call())
             flat = builder.emit(op.reshape(rows, (1, 5, 16)))
             result = builder.emit_output(flat)
         builder.emit_func_output(result)
