@@ -45,19 +45,19 @@ def _streams(body: tirx.Stmt) -> list[TensorLoad]:
     return [load for load in found if not any(load.source.same_as(own) for own in written)]
 
 
-def request(load: TensorLoad, at: tirx.Expr, locality: int) -> tirx.Stmt:
+def request(load: TensorLoad, at: Sequence[tirx.Expr], locality: int) -> tirx.Stmt:
     """Return the request for the line of an element of the tensor that a load reads.
 
     Parameters
     ----------
     load : TensorLoad
         Names the tensor.
-    at : Expr
-        Index of the element; it may lie beyond the end.
+    at : sequence of Expr
+        Indices of the element; it may lie beyond the end.
     locality : int
         Of LLVM's ``llvm.prefetch``: 3 brings the line into the first level, 2 into the second.
     """
-    place = tirx.address_of(tirx.BufferLoad(load.source, [at]))
+    place = tirx.address_of(tirx.BufferLoad(load.source, list(at)))
     # To read, and data.
     hints = [tirx.const(value, "int32") for value in (0, locality, 1)]
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", place, *hints))
@@ -118,7 +118,7 @@ def _tile_requests(
         at = following + part * (elements // lines) + _counter(inner) * stride
         if passes * at_once > lines:
             at = tirx.Select(part < lines, at, first.base)
-        requests.append(request(streams[0], at, locality))
+        requests.append(request(streams[0], [at], locality))
     return requests
 
 
@@ -140,7 +140,7 @@ class PrefetchWeights:
             tile = annotations.pop(PREFETCH_TILE, None)
             if distance is not None:
                 requests = [
-                    request(load, load.indices[0].base + distance, FIRST_LEVEL)
+                    request(load, [load.indices[0].base + distance], FIRST_LEVEL)
                     for load in _streams(loop.body)
                 ]
             elif tile is not None:

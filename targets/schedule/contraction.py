@@ -23,6 +23,7 @@ from .blocks import (
     output_block,
     parallelize,
     prefetch_ahead,
+    prefetch_residual,
     read_shape,
     start_sums,
     vector_length,
@@ -125,6 +126,9 @@ def schedule_conv2d(
         schedule.unroll(loop)
     if depth <= UNROLLED_DEPTH:
         schedule.unroll(c)
+    else:
+        taps = taps_h * taps_w
+        _, c = prefetch_residual(schedule, anchor, output, c, pixels=rows * columns, passes=taps)
     prefetch_ahead(
         schedule,
         c,
@@ -176,9 +180,10 @@ def schedule_dense(
     schedule.vectorize(k_lane)
     for loop in (*steps, m_inner, k_vector):
         schedule.unroll(loop)
+    c, step = prefetch_residual(schedule, anchor, output, c, pixels=tile_rows, passes=1)
     prefetch_ahead(
         schedule,
-        c,
+        step,
         prefetch_distance(machine, rows=math.prod(batch) * rows, weight_bytes=weight_bytes),
     )
     start_sums(schedule, anchor, c, outer_loops=3)
