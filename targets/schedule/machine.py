@@ -22,9 +22,14 @@ L2_BYTES_PER_CYCLE = 24
 # network uses once per run come from there. With 20 the model ranks the layers of ResNet-18 as
 # they measure inside the network, weights requested ahead (docs/performance.md).
 WEIGHT_BYTES_PER_CYCLE = 20
+# Sustained bytes per cycle that one core reads from the last cache (240 GB/s of two at 4 GHz).
+L3_BYTES_PER_CYCLE = 29
 # Register tiles and partitions that tuning may take: what the model ranks further behind was never
 # the best one on the machines measured so far.
 MOST_OPTIONS = 8
+# What a byte of the input costs more than one of the weights where all threads read all of it:
+# weights lie in the shared cache, the input in that of the core which computed it.
+INPUT_BYTE_COST = 4
 UNROLLED_STEPS = (1, 2, 4)
 
 Option = TypeVar("Option")
@@ -48,8 +53,12 @@ class Machine:
         The instruction that sums products of bytes.
     half_dot : HalfDot or None
         The instruction that sums pairs of bfloat16 products.
+    l3_bytes : int
+        Cache that the cores share.
     weight_bytes_per_cycle : int
         At which all threads together stream weights that a run uses once, see `holding`.
+    l3_holds : bool
+        Whether the weights of the model stay in the last cache from one run to the next.
     decided : tuple of (str, str)
         Choices that were measured: the option to take at a point, see `pick`.
     asked : dict, optional
@@ -63,7 +72,9 @@ class Machine:
     threads: int
     integer_dot: IntegerDot | None = None
     half_dot: HalfDot | None = None
+    l3_bytes: int = 0
     weight_bytes_per_cycle: int = WEIGHT_BYTES_PER_CYCLE
+    l3_holds: bool = False
     decided: tuple[tuple[str, str], ...] = ()
     asked: dict[str, tuple[str, ...]] | None = field(default=None, compare=False, repr=False)
 
@@ -75,6 +86,7 @@ class Machine:
             accumulators=max(target.vector_registers - RESERVED_REGISTERS, 4),
             l1_bytes=target.l1d_bytes,
             l2_bytes=target.l2_bytes,
+            l3_bytes=target.l3_bytes,
             threads=threads,
             integer_dot=integer_dot_of(target),
             half_dot=half_dot_of(target),
@@ -83,11 +95,11 @@ class Machine:
     def holding(self, weights_bytes: int) -> Machine:
         """Return the machine that runs a model with so many bytes of weights.
 
-        Where they fill at most half of a core's L2 before they are packed, which may double them,
-        they stay there from one run to the next.
+        Where they fill at most half of a cache before they are packed, which may double them, they
+        stay there from one run to the next: a core's L2, or the last cache.
         """
         if weights_bytes > self.l2_bytes // 2:
-            return self
+            return replace(self, l3_holds=True) if weights_bytes <= self.l3_bytes // 2 else self
         return replace(self, weight_bytes_per_cycle=L2_BYTES_PER_CYCLE * self.threads)
 
     def pick(self, point: str, options: Mapping[str, Option]) -> Option:
@@ -135,10 +147,10 @@ def choose_tasks(
 ) -> tuple[int, int]:
     """Choose how many parallel parts the row tiles and the channel tiles are cut into.
 
-    Threads share the smaller operand: they split channels where the weights are larger than the
-    input, else rows, in chunks whose input fits an eighth of L2. The other partitions that keep
-    all threads busy follow by the bytes that are read: the weights by every row part, the input
-    by every channel part.
+    Threads share the cheaper operand: they split channels where the weights are larger than
+    `INPUT_BYTE_COST` times the input, else rows, in chunks whose input fits an eighth of L2. The
+    other partitions that keep all threads busy follow by the bytes that are read: the weights by
+    every row part, the input by every channel part.
 
     Returns
     -------
@@ -150,7 +162,7 @@ def choose_tasks(
         batch=batch,
         row_tiles=row_tiles,
         channel_tiles=channel_tiles,
-        channels_first=weight_bytes > input_bytes,
+        channels_first=weight_bytes > INPUT_BYTE_COST * input_bytes,
         most_rows=machine.l2_bytes // 8 // max(row_bytes, 1),
     )
     others = sorted(

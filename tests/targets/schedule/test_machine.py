@@ -60,6 +60,22 @@ def test_parts_divide_the_tiles_whatever_the_threads(threads: int) -> None:
         assert rows % row_parts == channels % channel_parts == 0
 
 
+@pytest.mark.parametrize(("weights", "parts"), [(1 << 18, (2, 1)), ((1 << 18) + 1, (1, 2))])
+def test_threads_share_the_weights_until_they_are_four_times_the_input(
+    weights: int, parts: tuple[int, int]
+) -> None:
+    found = choose_tasks(
+        AVX512,
+        batch=1,
+        row_tiles=14,
+        channel_tiles=8,
+        weight_bytes=weights,
+        input_bytes=1 << 16,
+        row_bytes=1 << 12,
+    )
+    assert found == parts
+
+
 @pytest.mark.parametrize(
     ("size", "channels", "m"), [(56, 64, 4), (28, 128, 4), (14, 256, 4), (7, 512, 2)]
 )
