@@ -45,21 +45,25 @@ def _streams(body: tirx.Stmt) -> list[TensorLoad]:
     return [load for load in found if not any(load.source.same_as(own) for own in written)]
 
 
-def request(load: TensorLoad, at: Sequence[tirx.Expr], locality: int) -> tirx.Stmt:
-    """Return the request for the line of an element of the tensor that a load reads.
+def request(
+    tensor: tirx.Buffer, at: Sequence[tirx.Expr], locality: int, *, write: bool = False
+) -> tirx.Stmt:
+    """Return the request for the line of an element of a tensor.
 
     Parameters
     ----------
-    load : TensorLoad
-        Names the tensor.
+    tensor : Buffer
+        What holds it.
     at : sequence of Expr
         Indices of the element; it may lie beyond the end.
     locality : int
         Of LLVM's ``llvm.prefetch``: 3 brings the line into the first level, 2 into the second.
+    write : bool
+        Whether the line will be written: it is then taken from other cores.
     """
-    place = tirx.address_of(tirx.BufferLoad(load.source, list(at)))
-    # To read, and data.
-    hints = [tirx.const(value, "int32") for value in (0, locality, 1)]
+    place = tirx.address_of(tirx.BufferLoad(tensor, list(at)))
+    # The last one says that it is data.
+    hints = [tirx.const(value, "int32") for value in (int(write), locality, 1)]
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", place, *hints))
 
 
@@ -118,7 +122,7 @@ def _tile_requests(
         at = following + part * (elements // lines) + _counter(inner) * stride
         if passes * at_once > lines:
             at = tirx.Select(part < lines, at, first.base)
-        requests.append(request(streams[0], [at], locality))
+        requests.append(request(streams[0].source, [at], locality))
     return requests
 
 
@@ -140,7 +144,7 @@ class PrefetchWeights:
             tile = annotations.pop(PREFETCH_TILE, None)
             if distance is not None:
                 requests = [
-                    request(load, [load.indices[0].base + distance], FIRST_LEVEL)
+                    request(load.source, [load.indices[0].base + distance], FIRST_LEVEL)
                     for load in _streams(loop.body)
                 ]
             elif tile is not None:

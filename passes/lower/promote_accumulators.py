@@ -13,7 +13,8 @@ from tvm.s_tir.pipeline import default_s_tir_pipeline
 
 from .configure_tiles import ConfigureTiles
 from .import_intrinsics import ImportIntrinsics
-from .prefetch_residual import PrefetchResidual
+from .prefetch_epilogue import PrefetchEpilogue
+from .prefetch_stores import PrefetchStores
 from .prefetch_weights import PrefetchWeights
 from .skip_hidden_keys import SkipHiddenKeys
 
@@ -88,13 +89,14 @@ def tir_pipeline() -> tvm.transform.Pass:
         Module pass, host finalization, device finalization: what ``tvm.tirx.build`` asks for.
     """
     lower, finalize_host, finalize_device = default_s_tir_pipeline()
-    lower = tvm.transform.Sequential([PrefetchResidual(), lower])
+    lower = tvm.transform.Sequential([PrefetchEpilogue(), lower])
 
     def finalize() -> tvm.transform.Pass:
         return tvm.transform.Sequential(
             [
                 ConfigureTiles(),
                 PrefetchWeights(),
+                PrefetchStores(),
                 SkipHiddenKeys(),
                 PromoteAccumulators(),
                 ImportIntrinsics(),

@@ -25,9 +25,9 @@ PREFETCH = "hone.prefetch"
 # The same where a tile of weights is read in several passes: ``[elements, passes, into]``, the last
 # one 3 for the first level of the cache and 2 for the second.
 PREFETCH_TILE = "hone.prefetch_tile"
-# Annotation of a loop of sums whose epilogue adds a residual: the turn from which on its lines are
-# requested, one after the other.
-PREFETCH_RESIDUAL = "hone.prefetch_residual"
+# Annotation of a loop of sums: the turn from which on the lines that its epilogue reads and writes
+# are requested, one after the other.
+PREFETCH_EPILOGUE = "hone.prefetch_epilogue"
 # Steps of a sum from one request to the next, the best first: a step takes up to 14 cycles, and a
 # line from memory some 50 where two cores read it.
 REQUEST_STEPS = (4, 3, 2)
@@ -35,6 +35,8 @@ REQUEST_STEPS = (4, 3, 2)
 LAST_TURNS = 2
 # Bytes that one request brings.
 LINE_BYTES = 64
+# The same for what a loop writes: how many turns ahead its lines are requested.
+PREFETCH_STORES = "hone.prefetch_stores"
 
 REDUCE = 2  # tirx.IterVar.CommReduce
 SPATIAL = 0  # tirx.IterVar.DataPar
@@ -120,7 +122,7 @@ def prefetch_ahead(schedule: s_tir.Schedule, loop: LoopRV, distance: int) -> Non
         schedule.annotate(loop, PREFETCH, distance)
 
 
-def prefetch_residual(
+def prefetch_epilogue(
     schedule: s_tir.Schedule,
     anchor: SBlockRV,
     output: SBlockRV,
@@ -129,7 +131,7 @@ def prefetch_residual(
     pixels: int,
     passes: int,
 ) -> tuple[LoopRV, LoopRV]:
-    """Mark a loop of sums so that what the epilogue adds to each pixel is requested during it.
+    """Mark a loop of sums so that what the epilogue touches for each pixel is requested during it.
 
     14 pixels of two vectors are 28 lines. A sum of 64 steps is cut into 32 turns of two, each of
     which requests a line; one of 512 into 128 turns of four, of which the last but two do.
@@ -155,26 +157,18 @@ def prefetch_residual(
         The loops over turns and over the steps of a turn, both the given one where a turn is a
         step.
     """
-    statement = schedule.get(output)
-    shape = [int(extent) for extent in statement.writes[0].source.shape]
-    sums = schedule.get(anchor).writes[0].source
-    sizes = [
-        tvm.runtime.DataType(str(region.source.dtype)).itemsize
-        for region in statement.reads
-        if not region.source.same_as(sums)
-        and [int(extent) for extent in region.source.shape] == shape
-    ]
-    if not sizes or pixels == 1:
+    if pixels == 1:
         return loop, loop
     channels = read_shape(schedule, anchor, 1)[-1]
-    share = -(-pixels * -(-channels * max(sizes) // LINE_BYTES) // passes)
+    size = tvm.runtime.DataType(str(schedule.get(output).writes[0].source.dtype)).itemsize
+    share = -(-pixels * -(-channels * size // LINE_BYTES) // passes)
     steps = int(schedule.get(loop).extent)
     fitting = [d for d in REQUEST_STEPS if steps % d == 0 and steps // d >= share]
     step = loop
     if fitting:
         loop, step = schedule.split(loop, [None, fitting[0]])
     turns = steps // max(fitting[:1], default=1)
-    schedule.annotate(loop, PREFETCH_RESIDUAL, max(turns - share - LAST_TURNS, 0))
+    schedule.annotate(loop, PREFETCH_EPILOGUE, max(turns - share - LAST_TURNS, 0))
     return loop, step
 
 

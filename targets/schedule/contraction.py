@@ -23,13 +23,15 @@ from .blocks import (
     output_block,
     parallelize,
     prefetch_ahead,
-    prefetch_residual,
+    prefetch_epilogue,
+    prefetch_tile,
     read_shape,
     start_sums,
     vector_length,
 )
 from .machine import Machine, choose_tasks, divisors, prefetch_distance, unroll_depth
 from .tile_model import choose_pixels
+from .weight_chunks import CHUNK, WHOLE, pick_chunk
 
 # Below this many input channels the channel loop is unrolled too: the loop would cost more
 # than its body (the first convolution of an image network).
@@ -109,10 +111,27 @@ def schedule_conv2d(
     order = (n, k_part, h_part) if weight_bytes > input_bytes else (n, h_part, k_part)
     # Either a tile of weights stays in L1 while rows pass, or a row while tiles of weights do.
     inside = machine.pick("inner", {"rows": (k_block, h_block), "weights": (h_block, k_block)})
-    c, steps = split_sum(schedule, machine, c, depth, whole=depth <= UNROLLED_DEPTH)
-    schedule.reorder(*order, *inside, w_outer, r, _s, c, *steps, h_inner, w_inner, k_vector, k_lane)
+    passes = height // rows // row_parts * (width // columns)
+    chunk = pick_chunk(
+        machine,
+        int(schedule.get(anchor).annotations.get(CHUNK, WHOLE)),
+        sums=rows * columns * vectors,
+        vectors=vectors,
+        passes=passes,
+        taps=taps_h * taps_w,
+        depth=depth,
+        weight_bytes=weight_bytes,
+    )
+    outer: tuple[LoopRV, ...] = (*inside, w_outer, r, _s)
+    # The loop that holds a finished register tile; in chunks, all those of a tile of weights.
+    finished = w_outer
+    if chunk != WHOLE:
+        chunks, c = schedule.split(c, [None, chunk])
+        outer, finished = (k_block, r, _s, chunks, h_block, w_outer), k_block
+    c, steps = split_sum(schedule, machine, c, chunk or depth, whole=depth <= UNROLLED_DEPTH)
+    schedule.reorder(*order, *outer, c, *steps, h_inner, w_inner, k_vector, k_lane)
     tasks = schedule.fuse(*order)
-    schedule.reverse_compute_at(output, w_outer, preserve_unit_loops=True)
+    schedule.reverse_compute_at(output, finished, preserve_unit_loops=True)
     if padding is not None:
         schedule.compute_at(padding, tasks, preserve_unit_loops=True)
         last = schedule.get_loops(padding)[-1]
@@ -126,14 +145,15 @@ def schedule_conv2d(
         schedule.unroll(loop)
     if depth <= UNROLLED_DEPTH:
         schedule.unroll(c)
-    else:
+    elif chunk == WHOLE:
         taps = taps_h * taps_w
-        _, c = prefetch_residual(schedule, anchor, output, c, pixels=rows * columns, passes=taps)
-    prefetch_ahead(
-        schedule,
-        c,
-        prefetch_distance(machine, rows=batch * height * width, weight_bytes=weight_bytes),
-    )
+        _, c = prefetch_epilogue(schedule, anchor, output, c, pixels=rows * columns, passes=taps)
+    distance = prefetch_distance(machine, rows=batch * height * width, weight_bytes=weight_bytes)
+    if chunk == WHOLE:
+        prefetch_ahead(schedule, c, distance)
+    elif distance:
+        elements = tile_channels * chunk
+        prefetch_tile(schedule, c, elements=elements, passes=passes, l1_bytes=machine.l1_bytes)
     start_sums(schedule, anchor, r, outer_loops=4)
     finish_output(schedule, output, outer_loops=4, lanes=machine.lanes)
 
@@ -180,7 +200,7 @@ def schedule_dense(
     schedule.vectorize(k_lane)
     for loop in (*steps, m_inner, k_vector):
         schedule.unroll(loop)
-    c, step = prefetch_residual(schedule, anchor, output, c, pixels=tile_rows, passes=1)
+    c, step = prefetch_epilogue(schedule, anchor, output, c, pixels=tile_rows, passes=1)
     prefetch_ahead(
         schedule,
         step,
