@@ -18,7 +18,8 @@ import tvm
 from tvm import relax, te, tirx
 
 from hone.targets.schedule.machine import Machine
-from hone.targets.schedule.tile_model import choose_tile
+from hone.targets.schedule.tile_model import choose_tile, chunk_of
+from hone.targets.schedule.weight_chunks import CHUNK, WHOLE
 
 from .anchors import (
     ANCHOR,
@@ -95,6 +96,7 @@ def conv2d(
     tile_columns: int,
     channels_first: bool,
     groups: int = 1,
+    chunk: int = WHOLE,
 ) -> te.Tensor:
     """Return the convolution of NHWC data with packed weights.
 
@@ -114,6 +116,9 @@ def conv2d(
         Read NCHW data directly, which swallows the layout change of a network's input.
     groups : int
         G; a tile of output channels lies in one group.
+    chunk : int
+        Input channels of one tap that all pixels take before the next ones, or all; a note for the
+        schedule.
     """
     blocks, taps_h, taps_w, depth, tile = (int(extent) for extent in weight.shape)
     height, width = window.output
@@ -147,12 +152,18 @@ def conv2d(
             axis=[r, s, c],
         ),
         name="conv_acc",
+        attrs=chunk_note(chunk),
     )
     if blocks * tile == channels and rounded == width:
         return sums
     return te.compute(
         (window.shape[0], height, width, channels), lambda *i: sums[i], name="conv_cut"
     )
+
+
+def chunk_note(chunk: int) -> dict[str, int]:
+    """Return the attributes of a sum whose weights are read in chunks."""
+    return {} if chunk == WHOLE else {CHUNK: chunk}
 
 
 def depthwise_conv2d(data: te.Tensor, weight: te.Tensor, window: Window) -> te.Tensor:
@@ -285,20 +296,20 @@ def legalize_conv2d(
     window = Window.of(data, (taps_h, taps_w), attrs)
     if int(attrs.groups) == 1:
         height, width = window.output
+        layer = {
+            "height": height,
+            "width": width,
+            "channels": channels,
+            "depth": depth,
+            "taps": taps_h * taps_w,
+        }
         transform = None
         if not compact:
             dtype = str(weight.ty.dtype)
             transform = choose_transform(machine, window, channels=channels, dtype=dtype)
         if transform is not None:
             return _winograd(machine, bb, data, values, window, transform)
-        tile = choose_tile(
-            machine,
-            height=height,
-            width=width,
-            channels=channels,
-            depth=depth,
-            taps=taps_h * taps_w,
-        )
+        tile = choose_tile(machine, **layer, chunks=True)
         pack = tile.vectors * machine.lanes
         data, channels_first = through_layout_change(bb, data)
         pointwise = (
@@ -315,6 +326,7 @@ def legalize_conv2d(
                 channels=channels,
                 tile_columns=tile.columns,
                 channels_first=channels_first,
+                chunk=chunk_of(machine, tile, **layer),
             ),
             data,
             relax.const(pack_conv2d_weight(values, pack)),

@@ -16,10 +16,11 @@ import numpy as np
 from tvm import relax, te, tirx
 
 from hone.targets.schedule.machine import Machine
-from hone.targets.schedule.tile_model import choose_tile
+from hone.targets.schedule.tile_model import choose_tile, chunk_of
+from hone.targets.schedule.weight_chunks import WHOLE
 
 from .anchors import ANCHOR, through_layout_change
-from .conv2d import legalize_conv2d
+from .conv2d import chunk_note, legalize_conv2d
 from .half import PAIR, Pairs, rounded_source, words
 from .half_tiles import lower_conv2d
 from .window import Window
@@ -90,6 +91,7 @@ def conv2d(
     channels: int,
     tile_columns: int,
     channels_first: bool,
+    chunk: int = WHOLE,
 ) -> te.Tensor:
     """Return the float32 convolution of 16-bit floats with weights packed by `pack_conv2d`.
 
@@ -109,6 +111,8 @@ def conv2d(
         The output width is rounded up to it; the extra columns are cut off.
     channels_first : bool
         Pair taps of a plane, not channels.
+    chunk : int
+        Pairs of one tap that all pixels take before the next ones, or all; a note for the schedule.
     """
     blocks, outer, inner, depth, tile = (int(extent) for extent in weight.shape)
     height, width = window.output
@@ -138,6 +142,7 @@ def conv2d(
             axis=[first, second, third],
         ),
         name="conv_acc",
+        attrs=chunk_note(chunk),
     )
     if blocks * tile == channels and columns == width:
         return sums
@@ -172,14 +177,15 @@ def legalize_half_conv2d(
     data = rounded_source(bb, data)
     if channels_first:
         values = values.transpose(0, 3, 1, 2)
-    tile = choose_tile(
-        machine,
-        height=height,
-        width=width,
-        channels=channels,
-        depth=-(-values.shape[3] // PAIR),
-        taps=values.shape[1] * values.shape[2],
-    )
+    layer = {
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "depth": -(-values.shape[3] // PAIR),
+        "taps": values.shape[1] * values.shape[2],
+    }
+    # The loops over a network's first image are in another order, and its weights are few.
+    tile = choose_tile(machine, **layer, chunks=not channels_first)
     packed = pack_conv2d(values, tile.vectors * machine.lanes)
     if channels_first:
         # Pairs of a row share words with those of the next pixels: where its steps follow one
@@ -193,6 +199,7 @@ def legalize_half_conv2d(
             channels=channels,
             tile_columns=tile.columns,
             channels_first=channels_first,
+            chunk=WHOLE if channels_first else chunk_of(machine, tile, **layer),
         ),
         data,
         relax.const(packed),

@@ -15,6 +15,7 @@ from .machine import (
     Machine,
     divisors,
 )
+from .weight_chunks import WHOLE, cheapest_chunk, chunk_cycles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,14 @@ def _cycles(machine: Machine, tile: Tile, *, weight_vectors_from_l2: bool) -> fl
 
 
 def choose_tile(
-    machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int
+    machine: Machine,
+    *,
+    height: int,
+    width: int,
+    channels: int,
+    depth: int,
+    taps: int,
+    chunks: bool = False,
 ) -> Tile:
     """Choose the register tile with the least modelled cycles.
 
@@ -74,17 +82,65 @@ def choose_tile(
         Input channels that are summed.
     taps : int
         Kernel positions, ``R x S``.
+    chunks : bool
+        The schedule may read a tile of weights in chunks (`chunk_of`), which need not fit L2; then
+        what either way costs beside the products is counted too.
 
     Returns
     -------
     Tile
         ``columns`` need not divide ``width``: the caller rounds the width up.
     """
-    tiles = ranked_tiles(
-        machine.plain, height=height, width=width, channels=channels, depth=depth, taps=taps
-    )
-    return pick_tile(
-        machine, tiles, height=height, width=width, channels=channels, depth=depth, taps=taps
+    shape = {"height": height, "width": width, "channels": channels, "depth": depth, "taps": taps}
+    return pick_tile(machine, ranked_tiles(machine.plain, **shape, chunks=chunks), **shape)
+
+
+def chunk_of(
+    machine: Machine,
+    tile: Tile,
+    *,
+    height: int,
+    width: int,
+    channels: int,
+    depth: int,
+    taps: int,
+) -> int:
+    """Return the chunk of input channels that a tile's weights are read in, see `weight_chunks`.
+
+    Parameters
+    ----------
+    machine : Machine
+        Registers, lanes and caches.
+    tile : Tile
+        Of registers; the other parameters are those of `choose_tile`.
+
+    Returns
+    -------
+    int
+        A divisor of ``depth``, or `WHOLE`.
+    """
+    shape = {"height": height, "width": width, "channels": channels, "depth": depth, "taps": taps}
+    return cheapest_chunk(_beside(machine, tile, **shape))
+
+
+def _beside(
+    machine: Machine,
+    tile: Tile,
+    *,
+    height: int,
+    width: int,
+    channels: int,
+    depth: int,
+    taps: int,
+) -> dict[int, float]:
+    return chunk_cycles(
+        machine,
+        sums=tile.rows * tile.columns * tile.vectors,
+        vectors=tile.vectors,
+        passes=height // tile.rows * -(-width // tile.columns),
+        taps=taps,
+        depth=depth,
+        weight_bytes=channels * depth * taps * 4,
     )
 
 
@@ -116,13 +172,22 @@ def least_cycles(machine: Machine, **shape: int) -> float:
 
 @cache
 def _ranked_tiles(
-    machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int
+    machine: Machine,
+    *,
+    height: int,
+    width: int,
+    channels: int,
+    depth: int,
+    taps: int,
+    chunks: bool = False,
 ) -> tuple[tuple[float, Tile], ...]:
+    shape = {"height": height, "width": width, "channels": channels, "depth": depth, "taps": taps}
     ranked: list[tuple[float, int, Tile]] = []
     for vectors in range(1, 9):
         tiles = -(-channels // (machine.lanes * vectors))
         weight_bytes = vectors * machine.lanes * 4 * depth * taps
-        if vectors > 1 and weight_bytes > machine.l2_bytes // 3:
+        held = vectors == 1 or weight_bytes <= machine.l2_bytes // 3
+        if not held and not chunks:
             continue
         if vectors > 1 and machine.lanes * (vectors - 1) >= channels:
             continue
@@ -136,11 +201,16 @@ def _ranked_tiles(
                 sums = rows * columns * vectors
                 if sums > most_sums(machine, vectors) or (rows > 1 and across > 1):
                     continue
-                cycles = _cycles(machine, tile, weight_vectors_from_l2=from_l2)
+                beside = _beside(machine, tile, **shape) if chunks else {WHOLE: 0.0}
+                chunk = cheapest_chunk(beside)
+                if not held and chunk == WHOLE:
+                    continue
+                far = from_l2 and chunk == WHOLE
+                cycles = _cycles(machine, tile, weight_vectors_from_l2=far)
                 steps = tiles * (height // rows) * across
                 # A width that is no multiple of the tile costs a patch with extra columns.
                 ragged = 1.0 if across * columns == width else 1.03
-                cost = steps * (cycles * depth * taps + sums) * ragged
+                cost = steps * (cycles * depth * taps + sums) * ragged + tiles * beside[chunk]
                 if best is None or (cost, -sums) < best:
                     best, chosen = (cost, -sums), tile
         if best is not None:
