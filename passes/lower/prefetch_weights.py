@@ -28,7 +28,7 @@ LINE = 16
 FIRST_LEVEL = 3
 
 
-def _streams(body: tirx.Stmt) -> list[TensorLoad]:
+def streams(body: tirx.Stmt) -> list[TensorLoad]:
     """Return the vectors that a loop reads and does not write, each once."""
     found: list[TensorLoad] = []
     written: list[tirx.Buffer] = []
@@ -67,7 +67,7 @@ def request(
     return tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", place, *hints))
 
 
-def _around(body: tirx.Stmt, loop: tirx.For) -> list[tirx.For]:
+def enclosing_loops(body: tirx.Stmt, loop: tirx.For) -> list[tirx.For]:
     """Return the loops around a loop, the innermost first."""
     found: list[tuple[int, tirx.For]] = []
 
@@ -97,10 +97,10 @@ def _tile_requests(
     With 2 vectors in a turn and 7 passes the first pass requests the first half of the tile, a
     line in each turn, the second pass the other half; later ones ask for what they read anyway.
     """
-    streams = _streams(loop.body)
-    first = streams[0].indices[0]
-    step = len(streams) * int(first.lanes)
-    around = _around(body, loop)
+    read = streams(loop.body)
+    first = read[0].indices[0]
+    step = len(read) * int(first.lanes)
+    around = enclosing_loops(body, loop)
     inner = [loop]
     while math.prod(int(each.extent) for each in inner) * step < elements:
         inner.append(around.pop(0))
@@ -122,7 +122,7 @@ def _tile_requests(
         at = following + part * (elements // lines) + _counter(inner) * stride
         if passes * at_once > lines:
             at = tirx.Select(part < lines, at, first.base)
-        requests.append(request(streams[0].source, [at], locality))
+        requests.append(request(read[0].source, [at], locality))
     return requests
 
 
@@ -145,7 +145,7 @@ class PrefetchWeights:
             if distance is not None:
                 requests = [
                     request(load.source, [load.indices[0].base + distance], FIRST_LEVEL)
-                    for load in _streams(loop.body)
+                    for load in streams(loop.body)
                 ]
             elif tile is not None:
                 requests = _tile_requests(func.body, loop, *(int(number) for number in tile))

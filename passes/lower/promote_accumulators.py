@@ -14,7 +14,7 @@ from tvm.s_tir.pipeline import default_s_tir_pipeline
 from .configure_tiles import ConfigureTiles
 from .import_intrinsics import ImportIntrinsics
 from .prefetch_epilogue import PrefetchEpilogue
-from .prefetch_stores import PrefetchStores
+from .prefetch_slabs import PrefetchSlabs
 from .prefetch_weights import PrefetchWeights
 from .skip_hidden_keys import SkipHiddenKeys
 
@@ -96,7 +96,7 @@ def tir_pipeline() -> tvm.transform.Pass:
             [
                 ConfigureTiles(),
                 PrefetchWeights(),
-                PrefetchStores(),
+                PrefetchSlabs(),
                 SkipHiddenKeys(),
                 PromoteAccumulators(),
                 ImportIntrinsics(),

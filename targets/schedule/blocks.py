@@ -35,8 +35,9 @@ REQUEST_STEPS = (4, 3, 2)
 LAST_TURNS = 2
 # Bytes that one request brings.
 LINE_BYTES = 64
-# The same for what a loop writes: how many turns ahead its lines are requested.
-PREFETCH_STORES = "hone.prefetch_stores"
+# The same where several loops, one behind the other, read a slab of weights, each ``passes`` times:
+# ``[elements, passes]``.
+PREFETCH_SLAB = "hone.prefetch_slab"
 
 REDUCE = 2  # tirx.IterVar.CommReduce
 SPATIAL = 0  # tirx.IterVar.DataPar
