@@ -32,7 +32,8 @@ from .anchors import (
 from .half import is_half, widen, widened_source
 from .window import Window as Window
 from .winograd import choose_transform, winograd_conv2d
-from .winograd_transforms import Transform, transform_weight
+from .winograd_transforms import Transform
+from .winograd_weights import transform_weight
 
 
 def pad(

@@ -25,7 +25,8 @@ from .half import PAIR, Pairs, rounded_source, words
 from .half_tiles import lower_conv2d
 from .window import Window
 from .winograd import choose_transform, winograd_conv2d
-from .winograd_transforms import Transform, transform_weight
+from .winograd_transforms import Transform
+from .winograd_weights import transform_weight
 
 
 def pack_conv2d(weight: np.ndarray, tile: int) -> np.ndarray:

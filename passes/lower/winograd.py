@@ -13,13 +13,12 @@ from typing import Any
 
 from tvm import te, tirx
 
-from hone.targets.half_dot import BFLOAT16
 from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.winograd_model import choose_winograd, winograd_cycles
 
 from .half import PAIR, Pairs, widen
 from .window import Window
-from .winograd_transforms import F2, F4, Transform, transform_data, transform_output
+from .winograd_transforms import F2, F4, F4_ROUNDED, Transform, transform_data, transform_output
 
 
 def choose_transform(
@@ -27,12 +26,14 @@ def choose_transform(
 ) -> Transform | None:
     """Return the transform of a convolution that is modelled faster than the direct way, if any.
 
-    In bfloat16 F(2x2) only, which adds little to the error of rounding: ResNet-18 is off by 0.65%
-    without it, by 0.83% with it, and by 1.22% with F(4x4) in the larger images, which is 1.09 times
-    as fast (docs/performance.md).
+    Where the products are of bfloat16, F(2x2) only, which adds little to the error of rounding
+    (docs/performance.md).
     """
     layer = _layer(machine, window, channels=channels, dtype=dtype)
-    return None if layer is None else {2: F2, 4: F4}.get(choose_winograd(machine, **layer))
+    if layer is None:
+        return None
+    large = F4 if dtype == "float32" else F4_ROUNDED
+    return {2: F2, 4: large}.get(choose_winograd(machine, **layer))
 
 
 def winograd_cycles_of(machine: Machine, window: Window, *, channels: int, dtype: str) -> float:
@@ -58,7 +59,7 @@ def _layer(machine: Machine, window: Window, *, channels: int, dtype: str) -> di
         "channels": channels,
         "depth": depth,
         "group": group,
-        "tiles": (F2.tile,) if dtype == BFLOAT16 else (F2.tile, F4.tile),
+        "tiles": (F2.tile,) if group == PAIR else (F2.tile, F4.tile),
     }
 
 
