@@ -14,6 +14,7 @@ import numpy as np
 from tvm import relax
 from tvm.relax import op
 
+from .attention import attention
 from .call import Call, Converter, const
 from .division import DIVISIONS
 from .quantize import QUANTIZATION
@@ -319,6 +320,7 @@ CONVERTERS: Final[Mapping[str, Converter]] = {
     **DIVISIONS,
     **QUANTIZATION,
     **WINDOWS,
+    "Attention": attention,
     "BatchNormalization": _batch_normalization,
     "Clip": _clip,
     "Concat": _concat,

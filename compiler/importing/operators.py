@@ -17,11 +17,11 @@ import numpy as np
 SUPPORTED: Final = frozenset(
     (
         "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh",
-        "AveragePool", "BatchNormalization", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr",
-        "BitwiseXor", "Cast", "CastLike", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape",
-        "Conv", "ConvInteger", "ConvTranspose", "Cos", "Cosh", "CumSum", "DepthToSpace",
-        "DequantizeLinear", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand",
-        "EyeLike", "Flatten", "Floor",
+        "Attention", "AveragePool", "BatchNormalization", "BitShift", "BitwiseAnd", "BitwiseNot",
+        "BitwiseOr", "BitwiseXor", "Cast", "CastLike", "Ceil", "Clip", "Concat", "Constant",
+        "ConstantOfShape", "Conv", "ConvInteger", "ConvTranspose", "Cos", "Cosh", "CumSum",
+        "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf",
+        "Exp", "Expand", "EyeLike", "Flatten", "Floor",
         "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool", "GlobalLpPool",
         "GlobalMaxPool", "Greater", "GreaterOrEqual", "GridSample", "GroupNormalization",
         "HardSigmoid", "HardSwish", "Hardmax", "Identity", "InstanceNormalization", "IsInf",
@@ -170,6 +170,27 @@ def _batch_normalization(node: NodeView) -> str | None:
     return _more_outputs(node)
 
 
+def _attention(node: NodeView) -> str | None:
+    """Refuse heads and inputs that do not fit: onnx's shape inference does not look at them."""
+    if _dtype(node, 2) != _dtype(node):
+        return f"values are {_dtype(node, 2)}, but queries {_dtype(node)}; they must be alike"
+    cached = [len(node.inputs) > i and node.inputs[i] is not None for i in (4, 5, 6)]
+    if cached[0] != cached[1] or (cached[0] and cached[2]):
+        return "past_key and past_value come together, and without nonpad_kv_seqlen"
+    heads = [_shape(node, index)[1] for index in range(2)]
+    if len(_shape(node)) == 3:
+        heads = [node.attributes[f"{name}_num_heads"] for name in ("q", "kv")]
+        widths = [(_shape(node, index)[2], heads[min(index, 1)]) for index in range(3)]
+        for width, count in widths:
+            if width % count:
+                return f"{width} channels are not {count} heads of one size"
+    if heads[0] % heads[1]:
+        return f"{heads[0]} heads of queries cannot share {heads[1]} of keys"
+    if node.attributes.get("qk_matmul_output_mode", 0) not in (0, 1, 2, 3):
+        return "qk_matmul_output_mode must be 0, 1, 2 or 3"
+    return None
+
+
 def _conv(node: NodeView) -> str | None:
     """Refuse channels that do not fit: onnx's shape inference does not look at them."""
     data, weight = _shape(node), _shape(node, 1)
@@ -283,6 +304,7 @@ def _blocked(node: NodeView) -> str | None:
 
 
 _RULES: Final[Mapping[str, Callable[[NodeView], str | None]]] = {
+    "Attention": _attention,
     "AveragePool": _pool,
     "BatchNormalization": _batch_normalization,
     "BitShift": _signed,

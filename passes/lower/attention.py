@@ -111,6 +111,7 @@ def legalize_attention(machine: Machine, bb: relax.BlockBuilder, call: relax.Cal
         channels=channels,
         shared=heads // key_heads,
         scale=found.scale,
+        cap=found.cap,
         blocks=blocks,
     )
     return bb.call_te(

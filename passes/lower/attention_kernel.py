@@ -17,7 +17,7 @@ from tvm import te, tirx
 from hone.targets.schedule.attention import CAUSAL, TILE
 from hone.targets.schedule.tile_model import Tile
 
-from .elementary import exp_below_0
+from .elementary import exp_below_0, tanh
 from .reductions import MAX, SUM, Reducer, reduce_rows
 
 # What a cover holds for a key that is seen, and what the score of one that is not seen becomes.
@@ -97,6 +97,8 @@ class AttentionKernel:
         Heads of queries that share a head of keys and values.
     scale : float
         Of the products; applied to the keys.
+    cap : float or None
+        A score is ``cap tanh`` of its product.
     blocks : Blocks
         How rows, keys and channels are cut; each is rounded up.
     """
@@ -116,6 +118,7 @@ class AttentionKernel:
     channels: int
     shared: int
     scale: float
+    cap: float | None
     blocks: Blocks
 
     @property
@@ -220,6 +223,8 @@ class AttentionKernel:
 
         def score(b: tirx.Expr, h: tirx.Expr, m: tirx.Expr, s: tirx.Expr) -> tirx.Expr:
             value = products[b, h, m, s]
+            if self.cap is not None:
+                value = tanh(value) * tirx.const(self.cap, "float32")
 
             def of(mask: te.Tensor) -> tirx.Expr:
                 at = (b, h, self._row(m))

@@ -34,6 +34,8 @@ class Attention:
         heads of queries in a row share one of keys and values.
     scale : float
         ``scores = scale Q K^T``.
+    cap : float, optional
+        ``scores = cap tanh(scale Q K^T)``.
     bias : relax.Expr, optional
         float32 ``[B or 1, H or 1, M or 1, S]``, is added to the scores.
     cover : relax.Expr, optional
@@ -48,6 +50,7 @@ class Attention:
     key: relax.Expr
     value: relax.Expr
     scale: float
+    cap: float | None = None
     bias: relax.Expr | None = None
     cover: relax.Expr | None = None
     cover_first: bool = True
@@ -73,12 +76,13 @@ class Attention:
                 bias=masks[0] if masks else None,
                 causal=causal,
             )
-        causal = int(call.attrs["causal"])
+        causal, cap = int(call.attrs["causal"]), float(call.attrs["cap"])
         return cls(
             query=query,
             key=key,
             value=value,
             scale=float(call.attrs["scale"]),
+            cap=cap or None,
             bias=masks.pop(0) if call.attrs["bias"] else None,
             cover=masks.pop(0) if call.attrs["cover"] else None,
             cover_first=bool(call.attrs["cover_first"]),
@@ -102,6 +106,7 @@ class Attention:
         attrs = tvm.ir.make_node(
             "ir.DictAttrs",
             scale=self.scale,
+            cap=self.cap or 0.0,
             bias=int(self.bias is not None),
             cover=int(self.cover is not None),
             cover_first=int(self.cover_first),

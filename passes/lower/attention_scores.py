@@ -21,6 +21,7 @@ _ADD = Op.get("relax.add")
 _MULTIPLY = Op.get("relax.multiply")
 _DIVIDE = Op.get("relax.divide")
 _WHERE = Op.get("relax.where")
+_TANH = Op.get("relax.tanh")
 _NOT = Op.get("relax.logical_not")
 
 # A score of this or less has the power 0 beside any score that a network computes.
@@ -56,6 +57,8 @@ class Scores:
         Of queries and keys.
     scale : float
         Of the product.
+    cap : float, optional
+        What is softmaxed is ``cap tanh(scale product)``, where it is there.
     bias : relax.Expr, optional
         Is added to it.
     cover : Cover, optional
@@ -68,10 +71,16 @@ class Scores:
 
     product: relax.Call
     scale: float = 1.0
+    cap: float | None = None
     bias: relax.Expr | None = None
     cover: Cover | None = None
     cover_first: bool = True
     causal: int | None = None
+
+    @property
+    def is_product(self) -> bool:
+        """Whether nothing is added to the scores or hidden."""
+        return self.bias is None and self.cover is None and self.causal is None
 
 
 def product_of(graph: Dataflow, expr: relax.Expr) -> relax.Call | None:
@@ -130,14 +139,20 @@ def _read(graph: Dataflow, expr: relax.Expr) -> Scores | None:
         return _covered(graph, call)
     if call.op.same_as(_ADD):
         return _biased(graph, call)
+    if call.op.same_as(_TANH):
+        found = _read(graph, call.args[0])
+        fits = found is not None and found.is_product and found.cap is None
+        return replace(found, cap=1.0) if found is not None and fits else None
     if not (call.op.same_as(_MULTIPLY) or call.op.same_as(_DIVIDE)):
         return None
     scaled = factor_of(graph, call)
-    found = None if scaled is None else _read(graph, scaled[0])
-    if scaled is None or found is None or found.bias is not None or found.cover is not None:
+    if scaled is None or shape_of(scaled[0]) != shape_of(call):
         return None
-    if shape_of(scaled[0]) != shape_of(call):
+    found = _read(graph, scaled[0])
+    if found is None or not found.is_product:
         return None
+    if found.cap is not None:
+        return replace(found, cap=found.cap * scaled[1])
     return replace(found, scale=found.scale * scaled[1])
 
 
@@ -160,11 +175,17 @@ def _covered(graph: Dataflow, call: relax.Call) -> Scores | None:
             continue
         if fill.size != np.count_nonzero(fill == fill.flat[0]) or not _fits(condition, call):
             return None
+        if found.causal is not None and fill.flat[0] != -np.inf:
+            return None
         inner = graph.call(condition, _NOT)
         while inner is not None:
             condition, shown = inner.args[0], not shown
             inner = graph.call(condition, _NOT)
         constant = graph.constant(condition)
+        if constant is not None and fill.flat[0] == -np.inf and found.causal is None:
+            causal = _causal(constant == shown, shape_of(call)[-2])
+            if causal is not None:
+                return replace(found, causal=causal)
         cover = Cover(
             condition=condition if constant is None else constant,
             shown=shown,
@@ -180,8 +201,8 @@ def _fits(mask: relax.Expr, scores: relax.Call) -> bool:
 
 
 def _causal(shown: np.ndarray, rows: int) -> int | None:
-    """Return how many more keys each row sees than its number, where that is all that it sees."""
-    if shown.ndim < 2 or any(extent != 1 for extent in shown.shape[:-2]):
+    """Return how many keys behind its number each row sees, where that is all that is hidden."""
+    if shown.all() or shown.ndim < 2 or any(extent != 1 for extent in shown.shape[:-2]):
         return None
     own = shown.reshape(shown.shape[-2:])
     more = int(own[0].sum()) - 1
@@ -202,10 +223,10 @@ def _without_constants(graph: Dataflow, scores: Scores, shape: tuple[int, ...]) 
         if shown.all():
             return _without_constants(graph, replace(scores, cover=None, cover_first=True), shape)
         causal = _causal(shown, rows)
-        hides = cover.fill == -np.inf or (cover.fill <= HIDDEN and bias is None)
-        if causal is not None and hides:
+        if causal is not None and cover.fill <= HIDDEN and bias is None and scores.causal is None:
             return replace(scores, cover=None, cover_first=True, causal=causal)
-    added = None if bias is None or cover is not None else graph.constant(bias)
+    alone = cover is None and scores.causal is None
+    added = graph.constant(bias) if bias is not None and alone else None
     if added is not None and np.all((added == 0) | (added <= HIDDEN)):
         causal = _causal(added == 0, rows)
         if not added.any() or causal is not None:

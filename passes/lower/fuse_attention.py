@@ -278,6 +278,7 @@ def _emit(graph: Dataflow, builder: Rebuilder, match: _Match, name: str) -> rela
         key=key,
         value=value,
         scale=scores.scale * by_query * by_key,
+        cap=scores.cap,
         bias=bias,
         cover=cover,
         cover_first=scores.cover_first,

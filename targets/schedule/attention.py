@@ -81,7 +81,7 @@ def schedule_attention(schedule: s_tir.Schedule, machine: Machine) -> None:
     sums = {}
     rows, products = [], []
     runs = {"attn_acc0": c_outer} if count == 1 else {}
-    own = [name for name in blocks if not name.startswith(("attn_mean", "attn_out"))]
+    own = [name for name in blocks if name not in ("attn_mean", name_of(schedule, output))]
     for name in reversed(own):
         block = blocks[name]
         if name.startswith(_BEFOREHAND):

@@ -34,11 +34,7 @@ def cases() -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the references divide by zero on purpose
         found = load_model_tests(kind="node")
-    return {
-        c.name.removeprefix("test_"): c
-        for c in found
-        if "_expanded" not in c.name and "attention" not in c.name
-    }
+    return {c.name.removeprefix("test_"): c for c in found if "_expanded" not in c.name}
 
 
 def recorded() -> dict[str, str]:

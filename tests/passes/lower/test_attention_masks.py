@@ -149,6 +149,11 @@ def added(scores: np.ndarray, bias: np.ndarray) -> np.ndarray:
         return scores + bias
 
 
+def capped(scores: relax.Expr, emit: Emit) -> relax.Expr:
+    tanh = emit(op.tanh(emit(op.divide(scores, scalar(3)))))
+    return emit(op.multiply(tanh, scalar(3)))
+
+
 def below(fill: float) -> Oracle:
     return lambda s, _: np.where(TRI, s, fill)
 
@@ -218,6 +223,15 @@ CASES = [
         masks=lambda s, m, e: op.where(m[1], e(op.add(m[0], s)), scalar(-np.inf)),
         oracle=lambda s, m: np.where(m[1], s + m[0], -np.inf),
         extra=(BIAS, np.ones((9, 13), bool) & TRI),
+    ),
+    Case(
+        id="capped, and hidden behind each row and by a mask",
+        masks=lambda s, m, e: op.where(
+            m[0], e(op.where(constant(TRI), capped(s, e), scalar(-np.inf))), scalar(-np.inf)
+        ),
+        oracle=lambda s, m: np.where(m[0] & TRI, 3 * np.tanh(s / 3), -np.inf),
+        extra=(PADDED,),
+        causal=4,
     ),
     Case(
         id="a mask that hides nothing",
@@ -318,8 +332,18 @@ def rejected(masks: Masks, *extra: np.ndarray) -> Case:
             lambda s, m, e: op.where(m[0], e(op.where(constant(TRI), s, scalar(-9))), scalar(-1)),
             np.ones((9, 13), bool),
         ),
+        rejected(
+            lambda s, m, e: op.where(
+                m[0], e(op.where(constant(TRI), s, scalar(-np.inf))), scalar(-1)
+            ),
+            np.ones((9, 13), bool),
+        ),
+        rejected(lambda s, _m, e: capped(capped(s, e), e)),
     ],
-    ids=["many fills", "other scores", "rows hidden", "no scores", "scaled later", "two covers"],
+    ids=[
+        *("many fills", "other scores", "rows hidden", "no scores", "scaled later", "two covers"),
+        *("hidden keys filled later", "capped twice"),
+    ],
 )
 def test_other_masks_stay_as_they_are(case: Case) -> None:
     before = case.module()

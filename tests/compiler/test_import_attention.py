@@ -1,0 +1,123 @@
+"""ONNX's Attention: what is refused, and that what is imported ends as one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+from tvm import relax
+
+import hone
+from hone import pipeline
+from hone.errors import ModelError
+from hone.targets.target import resolve
+
+FLAT = {"q_num_heads": 6, "kv_num_heads": 2}
+NAMES = ("query", "key", "value", "mask", "past_key", "past_value", "lengths")
+
+
+def model(
+    *arrays: np.ndarray | None,
+    outputs: tuple[str, ...] = ("y",),
+    opset: int = 24,
+    **attributes: Any,
+) -> Any:
+    given = [
+        (name if array is not None else "", array)
+        for name, array in zip(NAMES, arrays, strict=False)
+    ]
+    node = helper.make_node(
+        "Attention", [name for name, _ in given], outputs, name="a", **attributes
+    )
+    inputs = [
+        helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
+        )
+        for name, array in given
+        if array is not None
+    ]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    graph = helper.make_graph([node], "g", inputs, results)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype("float32")
+
+
+def flat() -> list[np.ndarray | None]:
+    return [floats(2, 9, 6 * 16), floats(2, 13, 2 * 16), floats(2, 13, 2 * 8)]
+
+
+MASK = np.random.default_rng(7).random((2, 1, 9, 13)) < 0.7
+MASK[1, :, 4] = False
+
+FUSED = {
+    "heads of queries share, causal": ((*flat(),), {"is_causal": 1, **FLAT}),
+    "boolean mask, causal, capped": ((*flat(), MASK), {"is_causal": 1, "softcap": 2.0, **FLAT}),
+    "added mask": ((*flat(), floats(9, 13)), {"scale": 0.3, **FLAT}),
+    "four axes": ((floats(2, 3, 9, 16), floats(2, 3, 13, 16), floats(2, 3, 13, 16)), {}),
+    "lengths": (
+        (*flat(), None, None, None, np.array([13, 5], np.int64)),
+        {"is_causal": 1, **FLAT},
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrays", "attributes"), FUSED.values(), ids=FUSED)
+def test_attention_is_one_kernel_and_equals_the_reference(
+    arrays: tuple[np.ndarray | None, ...], attributes: dict[str, Any]
+) -> None:
+    proto = model(*arrays, **attributes)
+    feeds = {n: a for n, a in zip(NAMES, arrays, strict=False) if a is not None}
+    (exact,) = ReferenceEvaluator(proto).run(None, feeds)
+    imported = hone.load(proto)
+    target = resolve("host")
+    lowered = pipeline.lower(imported.module, target, threads=2)
+    scheduled = pipeline.schedule(lowered, target, threads=2)
+    rules = [decision.rule for decision in scheduled.decisions]
+    assert rules.count("attention") == 1
+    assert "batch_matmul" not in rules
+    executable = pipeline.build_executable(scheduled.module, target, threads=2)
+    virtual = relax.VirtualMachine(executable, tvm.cpu())
+    given = [tvm.runtime.tensor(feeds[spec.name]) for spec in imported.signature.inputs]
+    actual = virtual["main"](*given).numpy()
+    np.testing.assert_allclose(actual, exact, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "attributes", "message"),
+    [
+        (flat(), {"q_num_heads": 6, "kv_num_heads": 5}, "32 channels are not 5 heads of one size"),
+        (
+            flat(),
+            {"q_num_heads": 3, "kv_num_heads": 2},
+            "3 heads of queries cannot share 2 of keys",
+        ),
+        (
+            [*flat()[:2], floats(2, 13, 16).astype("float16")],
+            FLAT,
+            "values are float16, but queries float32; they must be alike",
+        ),
+        (
+            flat(),
+            {"qk_matmul_output_mode": 4, **FLAT},
+            "qk_matmul_output_mode must be 0, 1, 2 or 3",
+        ),
+        (
+            [*flat(), None, floats(2, 2, 3, 16)],
+            FLAT,
+            "past_key and past_value come together, and without nonpad_kv_seqlen",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    arrays: list[np.ndarray | None], attributes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        hone.load(model(*arrays, **attributes))
+    assert message in str(caught.value)
