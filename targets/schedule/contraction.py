@@ -147,7 +147,7 @@ def schedule_conv2d(
         schedule.unroll(c)
     elif chunk == WHOLE:
         taps = taps_h * taps_w
-        _, c = prefetch_epilogue(schedule, anchor, output, c, pixels=rows * columns, passes=taps)
+        prefetch_epilogue(schedule, anchor, output, c, pixels=rows * columns, passes=taps)
     distance = prefetch_distance(machine, rows=batch * height * width, weight_bytes=weight_bytes)
     if chunk == WHOLE:
         prefetch_ahead(schedule, c, distance)
@@ -200,10 +200,10 @@ def schedule_dense(
     schedule.vectorize(k_lane)
     for loop in (*steps, m_inner, k_vector):
         schedule.unroll(loop)
-    c, step = prefetch_epilogue(schedule, anchor, output, c, pixels=tile_rows, passes=1)
+    prefetch_epilogue(schedule, anchor, output, c, pixels=tile_rows, passes=1)
     prefetch_ahead(
         schedule,
-        step,
+        c,
         prefetch_distance(machine, rows=math.prod(batch) * rows, weight_bytes=weight_bytes),
     )
     start_sums(schedule, anchor, c, outer_loops=3)
