@@ -219,11 +219,11 @@ def _fit_input(array: np.ndarray, spec: TensorSpec, exact: bool) -> tuple[np.nda
     if array.dtype.kind == "f" and not wrong:
         finite = np.isfinite(array)
         if not finite.all():
-            first = np.argwhere(~finite)[0]
-            wrong.append(
-                f"has {array.size - int(finite.sum())} values that are NaN or infinite, the first "
-                f"in sample {first[0]} at {[int(i) for i in first[1:]]}"
-            )
+            count = array.size - int(finite.sum())
+            sample, *at = (int(i) for i in np.argwhere(~finite)[0])
+            has = "one value that is" if count == 1 else f"{count} values that are"
+            where = f"{'' if count == 1 else 'the first '}in sample {sample} at {at}"
+            wrong.append(f"has {has} NaN or infinite, {where}")
     return array, wrong
 
 

@@ -6,9 +6,10 @@ from typing import Final
 
 import numpy as np
 
+from .deviation import TOLERANCE, relative_error
 from .errors import AccuracyError
 from .model import Model
-from .parity import TOLERANCE, OutputError, ParityReport, Run, Status, random_inputs, relative_error
+from .parity import OutputError, ParityReport, Run, Status, random_inputs
 from .reference import NotCheckedError, reference
 
 DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
@@ -28,7 +29,7 @@ def check_half(
     run : callable
         Runs what was compiled.
     precision : {"bf16", "fp16"}
-        Decides the tolerance, see `hone.parity.TOLERANCE`.
+        Decides the tolerance, see `hone.deviation.TOLERANCE`.
     seed, samples, threads
         As for `hone.parity.check`.
 

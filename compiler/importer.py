@@ -27,7 +27,7 @@ from .signature import TensorSpec
 if TYPE_CHECKING:
     from .model import Layer
 
-__all__ = ["CheckReport", "Problem", "check", "load", "parse_shape"]
+__all__ = ["CheckReport", "Problem", "check", "load", "parse_shape", "source_graph"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +191,27 @@ def load(
     )
 
 
+def source_graph(
+    source: onnx.ModelProto | OnnxFile, shapes: Mapping[str, Sequence[int]] | None = None
+) -> Graph:
+    """Return the static graph of a model, functions inlined and QDQ operators rewritten.
+
+    Parameters
+    ----------
+    source : onnx.ModelProto or OnnxFile
+        The model.
+    shapes : mapping of str to sequence of int, optional
+        Of inputs whose shape the model leaves open.
+
+    Raises
+    ------
+    ModelError
+        The model cannot be read; what it lacks is among the graph's problems.
+    """
+    file = source if isinstance(source, OnnxFile) else read(source)
+    return read_graph(replace(file, proto=rewrite(inline(file))), shapes or {})
+
+
 def _read(
     model: str | Path | onnx.ModelProto, shapes: Mapping[str, Sequence[int]] | None
 ) -> tuple[OnnxFile, Graph]:
@@ -199,7 +220,7 @@ def _read(
             f"a model is a path or an onnx.ModelProto, this is a {type(model).__name__}"
         )
     file = read(model)
-    graph = read_graph(replace(file, proto=rewrite(inline(file))), shapes or {})
+    graph = source_graph(file, shapes)
     return file, replace(graph, problems=(*graph.problems, *boundary.problems(graph)))
 
 

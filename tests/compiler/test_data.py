@@ -284,7 +284,10 @@ def test_nan_and_infinity_are_refused(tmp_path, bad):
     x = ramp(4, 2, 3)
     x[2, 1, 0] = bad
     text = error(save(tmp_path / "d.npz", x=x))
-    assert "'x' has 1 values that are NaN or infinite, the first in sample 2 at [0, 1, 0]" in text
+    assert "'x' has one value that is NaN or infinite, in sample 2 at [0, 1, 0]" in text
+    x[3, 0, 1] = bad
+    text = error(save(tmp_path / "d.npz", x=x))
+    assert "'x' has 2 values that are NaN or infinite, the first in sample 2 at [0, 1, 0]" in text
 
 
 def test_too_few_rows_for_a_batch_are_refused(tmp_path):

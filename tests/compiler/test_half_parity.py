@@ -7,7 +7,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from hone import driver, half_parity, importer, parity
+from hone import deviation, driver, half_parity, importer, parity
 from hone.errors import AccuracyError
 from hone.half_parity import check_half
 from hone.model import Model
@@ -35,7 +35,7 @@ def test_rounded_outputs_are_equal_and_say_by_how_much_they_are_off(digits: Mode
     report = check_half(digits, moved(digits, 1.05), precision="bf16")
     assert report.status is Status.EQUAL
     assert report.worst == pytest.approx(0.05, rel=1e-3)
-    assert (report.samples, report.outputs[0].tolerance) == (2, parity.TOLERANCE["bfloat16"])
+    assert (report.samples, report.outputs[0].tolerance) == (2, deviation.TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_compile_checks_the_network_that_it_packages(
     ((precision, outputs),) = seen
     assert precision == package.manifest.precision == "bf16"
     golden = reference(digits, threads=1).run(parity.random_inputs(digits))
-    error = max(parity.relative_error(outputs[name], golden[name]) for name in golden)
-    assert 1e-4 < error < parity.TOLERANCE["bfloat16"]
+    error = max(deviation.relative_error(outputs[name], golden[name]) for name in golden)
+    assert 1e-4 < error < deviation.TOLERANCE["bfloat16"]
 
 
 def test_says_so_where_onnxruntime_cannot_run_the_model(

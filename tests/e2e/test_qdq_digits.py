@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import hone
-from hone import assembling, driver, importer, models, parity, rounding, runtime
+from hone import assembling, divergence, driver, importer, models, parity, rounding, runtime
 from hone.data import load as load_data
 from hone.errors import AccuracyError, UsageError
 from hone.importing.qdq import rewrite
@@ -181,10 +181,10 @@ def test_first_layer_with_a_wrong_scale_is_named(digits):
     position = next(p for p in positions if any("conv2" in name for name in readers[p]))
     wrong = importer.load(scaled(digits, position, 1.25))
     inputs = parity.random_inputs(digits)
-    divergence = parity.first_divergence(digits.with_module(wrong.module), inputs)
-    assert divergence is not None
-    assert "conv2" in divergence.layer or "onv1" in divergence.layer
-    assert parity.first_divergence(digits, inputs) is None
+    found = divergence.first_divergence(digits.with_module(wrong.module), inputs)
+    assert found is not None
+    assert "conv2" in found.layer or "onv1" in found.layer
+    assert divergence.first_divergence(digits, inputs) is None
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2"])
