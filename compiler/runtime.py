@@ -6,32 +6,21 @@ damage and against this machine; then the library is mapped from the very bytes 
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import platform
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from hone.targets import features
-
-from .errors import PackageError, UsageError
+from .errors import UsageError
 from .package import Package
+from .packaging.loaded_code import BoundRun, LoadedCode
 from .packaging.manifest import Manifest
+from .packaging.requirements import check_machine, check_version, grant_threads, request_tiles
 from .packaging.tvm_runtime import TVMRuntime, tvm_runtime
-from .signature import Signature, TensorSpec
-
-# Generated code loads and stores whole vectors at addresses that it takes for multiples of this
-# (kAllocAlignment in tvm/runtime/device_api.h).
-ALIGNMENT_BYTES = 64
-
-_CPU = 1  # kDLCPU of DLPack
-_POOLED = 2  # AllocatorType::kPooled of tvm/runtime/memory/memory_manager.h
+from .signature import Signature
 
 
 def load(source: str | os.PathLike[str] | bytes | Package, threads: int | None = None) -> Runner:
@@ -64,13 +53,13 @@ def load(source: str | os.PathLike[str] | bytes | Package, threads: int | None =
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}.")
     where = os.fspath(source) if isinstance(source, str | os.PathLike) else None
-    _check_machine(package.manifest, where)
+    check_machine(package.manifest, where)
     runtime = tvm_runtime()
-    _check_version(package.manifest, runtime, where)
+    check_version(package.manifest, runtime, where)
     if package.manifest.needs_runtime_extra:
         runtime.require_extra()
-    _request_tiles(package.manifest, where)
-    return Runner(package, _grant(threads, package.manifest.target.threads), runtime)
+    request_tiles(package.manifest, where)
+    return Runner(package, grant_threads(threads, package.manifest.target.threads), runtime)
 
 
 class Runner:
@@ -100,8 +89,8 @@ class Runner:
         self._threads = threads
         # Runs share a workspace, and the virtual machine keeps its frames in itself.
         self._lock = threading.Lock()
-        self._code = _Code(package, threads, runtime)
-        self._bound = _Bound(self._code)
+        self._code = LoadedCode(package.signature, package.library, threads, runtime)
+        self._bound = BoundRun(self._code)
 
     @property
     def manifest(self) -> Manifest:
@@ -169,7 +158,7 @@ class Runner:
             If the inputs do not fit the signature.
         """
         self._signature.check_inputs(inputs)
-        bound = _Bound(self._code)
+        bound = BoundRun(self._code)
         bound.fill(inputs)
         lock = self._lock
 
@@ -201,229 +190,3 @@ class Runner:
         finally:
             with self._lock:
                 self._code.watch(None)
-
-
-class _Code:
-    """The mapped library: its plan, if it has one, and its virtual machine."""
-
-    def __init__(self, package: Package, threads: int, runtime: TVMRuntime) -> None:
-        self.signature = package.signature
-        self.from_dlpack = runtime.from_dlpack
-        library = runtime.load_library(package.library)
-
-        def function(name: str) -> Callable[..., Any]:
-            if (found := runtime.function(library, name)) is None:
-                raise PackageError(
-                    f"the package's code lacks the function {name}: it was not built by this "
-                    "version of hone.",
-                    hint="rebuild it with `hone compile`.",
-                )
-            return found
-
-        function("hone_threads")(threads)
-        machine = library["vm_load_executable"]()
-        machine["vm_initialization"](_CPU, 0, _POOLED)
-        self.main: Callable[..., Any] = machine["main"]
-        self._set_instrument: Callable[[Any], None] = machine["set_instrument"]
-        self.watched = False
-        self.planned: Callable[[int], None] | None = runtime.function(library, "hone_run")
-        self.weights: tuple[Any, ...] = ()
-        workspace_bytes = 0
-        if self.planned is not None:
-            text = ctypes.string_at(function("hone_signature")())
-            _check_signature(self.signature, json.loads(text))
-            self.weights = tuple(machine["hone_constants"]())
-            workspace_bytes = function("hone_workspace_bytes")()
-        self.workspace = aligned_empty((workspace_bytes,), np.dtype(np.uint8))
-
-    def watch(self, instrument: Callable[..., Any] | None) -> None:
-        """Let the virtual machine run from now on, and call this; None ends that."""
-        self._set_instrument(instrument)
-        self.watched = instrument is not None
-
-
-class _Bound:
-    """The memory of a run's inputs and outputs, and a call on it."""
-
-    def __init__(self, code: _Code) -> None:
-        signature = code.signature
-        self._code = code
-        self._inputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.inputs]
-        self._slots = [(s.name, a) for s, a in zip(signature.inputs, self._inputs, strict=True)]
-        self._tensors = [
-            code.from_dlpack(array, require_alignment=ALIGNMENT_BYTES) for array in self._inputs
-        ]
-        self._result: Any = None
-        self._outputs: list[np.ndarray] = []
-        self._results: list[tuple[str, np.ndarray]] = []
-        self._table = 0
-        if code.planned is not None:
-            self._outputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.outputs]
-            names = [s.name for s in signature.outputs]
-            self._results = list(zip(names, self._outputs, strict=True))
-            arrays = [code.workspace, *self._inputs, *self._outputs]
-            addresses = [array.ctypes.data for array in arrays]
-            addresses += [weight.data_ptr() for weight in code.weights]
-            self._pointers = np.array(addresses, np.uint64)
-            self._table = int(self._pointers.ctypes.data)
-
-    def fits(self, inputs: Mapping[str, np.ndarray]) -> bool:
-        """Say whether inputs are as the signature lists them, in native byte order.
-
-        Quick, since most are. For others `Signature.check_inputs` decides, and says what is wrong.
-        """
-        if len(inputs) != len(self._slots):
-            return False
-        for name, slot in self._slots:
-            array = inputs.get(name)
-            if type(array) is not np.ndarray or array.shape != slot.shape:
-                return False
-            if array.dtype is not slot.dtype:
-                return False
-        return True
-
-    def fill(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Copy inputs that were checked, whatever their strides and byte order."""
-        for name, slot in self._slots:
-            slot[...] = inputs[name]
-
-    def call(self) -> None:
-        """Run."""
-        code = self._code
-        if code.planned is not None and not code.watched:
-            code.planned(self._table)
-            self._result = None
-        else:
-            self._result = code.main(*self._tensors)
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """Copy what the last call returned."""
-        if self._result is None:
-            return {name: array.copy() for name, array in self._results}
-        return _collect(self._result, self._code.signature.outputs)
-
-
-def _check_signature(signature: Signature, code: Mapping[str, Sequence[Any]]) -> None:
-    """Require that the planned code takes and returns what the manifest says."""
-    for what, specs in (("inputs", signature.inputs), ("outputs", signature.outputs)):
-        found = [(dtype, tuple(shape)) for dtype, shape in code[what]]
-        if found != [(spec.dtype, spec.shape) for spec in specs]:
-            raise PackageError(
-                f"the package's manifest lists the {what} {', '.join(map(str, specs))}; its code "
-                f"has {', '.join(f'{dtype}{list(shape)}' for dtype, shape in found)}.",
-                hint="rebuild it with `hone compile`.",
-            )
-
-
-def _collect(result: Any, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
-    """Copy the virtual machine's results, which may be views of weights or of one another."""
-    tensors: Sequence[Any] = [result] if hasattr(result, "__dlpack__") else list(result)
-    if len(tensors) != len(specs):
-        raise PackageError(
-            f"the package's manifest lists {len(specs)} outputs, its code returned {len(tensors)}.",
-            hint="rebuild it with `hone compile`.",
-        )
-    outputs = {}
-    for spec, tensor in zip(specs, tensors, strict=True):
-        array = np.array(np.from_dlpack(tensor), copy=True)
-        if array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
-            raise PackageError(
-                f"the package's manifest lists output {spec}, its code returned "
-                f"{array.dtype}{list(array.shape)}.",
-                hint="rebuild it with `hone compile`.",
-            )
-        outputs[spec.name] = array
-    return outputs
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Return an uninitialized C-ordered array that begins at a multiple of 64 bytes.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Dimensions.
-    dtype : numpy.dtype
-        Native byte order.
-    """
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT_BYTES, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT_BYTES
-    return np.ndarray(shape, dtype, buffer=memory.data, offset=start)
-
-
-def _check_machine(manifest: Manifest, where: str | None) -> None:
-    """Refuse code that this processor or its C library cannot run."""
-    target = manifest.target
-    rebuild = "rebuild it for this machine: `hone compile --target host`."
-    if (machine := features.machine()) != target.arch:
-        raise PackageError(
-            f"the package was built for {target.arch} (target {target.name}); this machine is "
-            f"{machine}.",
-            where=where,
-            hint=rebuild,
-        )
-    if missing := features.missing(target.features, target.arch):
-        raise PackageError(
-            f"the package was built for {', '.join(target.features)} (target {target.name}); "
-            f"this CPU lacks {', '.join(missing)}.",
-            where=where,
-            hint=f"{rebuild[:-1]}, or for a named one: `--target x86-64-v3`."
-            if target.arch == "x86_64"
-            else rebuild,
-        )
-    name, version = platform.libc_ver()
-    if target.glibc is not None and (name != "glibc" or _release(version) < _release(target.glibc)):
-        raise PackageError(
-            f"the package needs glibc {target.glibc} or newer; this machine has "
-            f"{name or 'another C library'} {version}".rstrip()
-            + ".",
-            where=where,
-            hint=rebuild,
-        )
-
-
-def _request_tiles(manifest: Manifest, where: str | None) -> None:
-    """Ask the kernel for AMX tiles where the code uses them: without, it ends the process."""
-    if "amx-tile" not in manifest.target.features or features.request_tiles():
-        return
-    raise PackageError(
-        "the package's code uses AMX tiles, and the operating system refuses them to this process "
-        "(arch_prctl ARCH_REQ_XCOMP_PERM).",
-        where=where,
-        hint="allow the call where a seccomp filter forbids it, and give every thread's alternate "
-        "signal stack the size that getauxval(AT_MINSIGSTKSZ) asks for; or rebuild the package "
-        f"without tiles: `--target {manifest.target.name},-amx-tile`.",
-    )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
-
-
-def _check_version(manifest: Manifest, runtime: TVMRuntime, where: str | None) -> None:
-    """Require the TVM that wrote the code: its formats change between releases."""
-    required = manifest.versions.tvm
-    if runtime.version != required:
-        raise PackageError(
-            f"the package was built with TVM {required}; TVM {runtime.version} is installed.",
-            where=where,
-            hint=f"pip install apache-tvm=={required} "
-            f"apache-tvm-ffi=={manifest.versions.tvm_ffi}, or rebuild the package.",
-        )
-
-
-def _grant(requested: int | None, default: int) -> int:
-    """Return how many threads a runner gets, and say so when these are fewer than wanted."""
-    wanted = default if requested is None else requested
-    usable = len(os.sched_getaffinity(0))
-    if wanted <= usable:
-        return wanted
-    source = "the package's default is" if requested is None else "asked were"
-    warnings.warn(
-        f"{source} {wanted} threads; this process may use {usable} processors and runs on so "
-        "many threads.",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-    return usable

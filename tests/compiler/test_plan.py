@@ -15,6 +15,7 @@ from tvm import relax
 
 import hone
 from hone import driver, models, parity, pipeline, runtime
+from hone.packaging import loaded_code
 from hone.plan import Copy, KernelCall, Place, Plan, Region, Shape, plan_of
 from hone.targets.target import resolve
 
@@ -243,8 +244,8 @@ def test_two_runs_at_once_need_no_lock_when_their_tables_differ(products) -> Non
     expected = runner.run(sample)["y"]
     bounds = []
     for _ in range(2):
-        bound = runtime._Bound(code)
-        workspace = runtime.aligned_empty(code.workspace.shape, np.dtype(np.uint8))
+        bound = loaded_code.BoundRun(code)
+        workspace = loaded_code.aligned_empty(code.workspace.shape, np.dtype(np.uint8))
         bound._pointers[0] = workspace.ctypes.data
         bound.fill(sample)
         bounds.append((bound, workspace))

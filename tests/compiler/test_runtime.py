@@ -14,7 +14,7 @@ import pytest
 from hone import runtime
 from hone.errors import PackageError, ToolchainError, UsageError
 from hone.package import Package
-from hone.packaging import tvm_runtime
+from hone.packaging import loaded_code, tvm_runtime
 from hone.packaging.manifest import Versions
 from hone.signature import Signature, TensorSpec
 from hone.targets import features
@@ -93,7 +93,7 @@ def test_outputs_keep_the_order_of_the_signature(runner):
 def test_input_is_copied_when_it_is_misaligned(tiny, runner, offset):
     feeds = tiny.feeds()
     for name, array in tiny.feeds().items():
-        memory = runtime.aligned_empty((array.nbytes + offset,), np.dtype(np.uint8))
+        memory = loaded_code.aligned_empty((array.nbytes + offset,), np.dtype(np.uint8))
         placed = memory[offset:].view(np.uint8)
         placed[:] = np.frombuffer(array.tobytes(), np.uint8)
         feeds[name] = np.ndarray(array.shape, array.dtype, placed.data)
@@ -162,7 +162,7 @@ def test_run_does_not_see_changes_when_an_input_is_bound(tiny, runner):
 @pytest.mark.parametrize("dtype", ["float32", "int8", "bool", "float64"])
 def test_aligned_array_begins_at_64_bytes(shape, dtype):
     for _ in range(8):
-        array = runtime.aligned_empty(shape, np.dtype(dtype))
+        array = loaded_code.aligned_empty(shape, np.dtype(dtype))
         assert array.__array_interface__["data"][0] % 64 == 0
         assert (array.shape, array.dtype, array.flags.c_contiguous) == (shape, dtype, True)
         array[...] = 1

@@ -1,0 +1,196 @@
+"""The code of a package in memory: its plan, its virtual machine, and the tensors of a run."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hone.errors import PackageError
+from hone.signature import Signature, TensorSpec
+
+from .tvm_runtime import TVMRuntime
+
+# Generated code loads and stores whole vectors at addresses that it takes for multiples of this
+# (kAllocAlignment in tvm/runtime/device_api.h).
+ALIGNMENT_BYTES = 64
+
+_CPU = 1  # kDLCPU of DLPack
+_POOLED = 2  # AllocatorType::kPooled of tvm/runtime/memory/memory_manager.h
+
+
+class LoadedCode:
+    """The mapped library: its plan, if it has one, and its virtual machine.
+
+    Parameters
+    ----------
+    signature : Signature
+        Of the package.
+    code : bytes
+        The library.
+    threads : int
+        Threads that kernels run on.
+    runtime : TVMRuntime
+        Maps the library.
+
+    Raises
+    ------
+    PackageError
+        The code is not what the signature says, or of another version of hone.
+    """
+
+    def __init__(
+        self, signature: Signature, code: bytes, threads: int, runtime: TVMRuntime
+    ) -> None:
+        self.signature = signature
+        self.from_dlpack = runtime.from_dlpack
+        library = runtime.load_library(code)
+
+        def function(name: str) -> Callable[..., Any]:
+            if (found := runtime.function(library, name)) is None:
+                raise PackageError(
+                    f"the package's code lacks the function {name}: it was not built by this "
+                    "version of hone.",
+                    hint="rebuild it with `hone compile`.",
+                )
+            return found
+
+        function("hone_threads")(threads)
+        machine = library["vm_load_executable"]()
+        machine["vm_initialization"](_CPU, 0, _POOLED)
+        self.main: Callable[..., Any] = machine["main"]
+        self._set_instrument: Callable[[Any], None] = machine["set_instrument"]
+        self.watched = False
+        self.planned: Callable[[int], None] | None = runtime.function(library, "hone_run")
+        self.weights: tuple[Any, ...] = ()
+        workspace_bytes = 0
+        if self.planned is not None:
+            text = ctypes.string_at(function("hone_signature")())
+            _check_signature(self.signature, json.loads(text))
+            self.weights = tuple(machine["hone_constants"]())
+            workspace_bytes = function("hone_workspace_bytes")()
+        self.workspace = aligned_empty((workspace_bytes,), np.dtype(np.uint8))
+
+    def watch(self, instrument: Callable[..., Any] | None) -> None:
+        """Let the virtual machine run from now on, and call this; None ends that."""
+        self._set_instrument(instrument)
+        self.watched = instrument is not None
+
+
+class BoundRun:
+    """The memory of a run's inputs and outputs, and a call on it.
+
+    Parameters
+    ----------
+    code : LoadedCode
+        What is called.
+    """
+
+    def __init__(self, code: LoadedCode) -> None:
+        signature = code.signature
+        self._code = code
+        self._inputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.inputs]
+        self._slots = [(s.name, a) for s, a in zip(signature.inputs, self._inputs, strict=True)]
+        self._tensors = [
+            code.from_dlpack(array, require_alignment=ALIGNMENT_BYTES) for array in self._inputs
+        ]
+        self._result: Any = None
+        self._outputs: list[np.ndarray] = []
+        self._results: list[tuple[str, np.ndarray]] = []
+        self._table = 0
+        if code.planned is not None:
+            self._outputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.outputs]
+            names = [s.name for s in signature.outputs]
+            self._results = list(zip(names, self._outputs, strict=True))
+            arrays = [code.workspace, *self._inputs, *self._outputs]
+            addresses = [array.ctypes.data for array in arrays]
+            addresses += [weight.data_ptr() for weight in code.weights]
+            self._pointers = np.array(addresses, np.uint64)
+            self._table = int(self._pointers.ctypes.data)
+
+    def fits(self, inputs: Mapping[str, np.ndarray]) -> bool:
+        """Say whether inputs are as the signature lists them, in native byte order.
+
+        Quick, since most are. For others `Signature.check_inputs` decides, and says what is wrong.
+        """
+        if len(inputs) != len(self._slots):
+            return False
+        for name, slot in self._slots:
+            array = inputs.get(name)
+            if type(array) is not np.ndarray or array.shape != slot.shape:
+                return False
+            if array.dtype is not slot.dtype:
+                return False
+        return True
+
+    def fill(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Copy inputs that were checked, whatever their strides and byte order."""
+        for name, slot in self._slots:
+            slot[...] = inputs[name]
+
+    def call(self) -> None:
+        """Run."""
+        code = self._code
+        if code.planned is not None and not code.watched:
+            code.planned(self._table)
+            self._result = None
+        else:
+            self._result = code.main(*self._tensors)
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Copy what the last call returned."""
+        if self._result is None:
+            return {name: array.copy() for name, array in self._results}
+        return _collect(self._result, self._code.signature.outputs)
+
+
+def _check_signature(signature: Signature, code: Mapping[str, Sequence[Any]]) -> None:
+    """Require that the planned code takes and returns what the manifest says."""
+    for what, specs in (("inputs", signature.inputs), ("outputs", signature.outputs)):
+        found = [(dtype, tuple(shape)) for dtype, shape in code[what]]
+        if found != [(spec.dtype, spec.shape) for spec in specs]:
+            raise PackageError(
+                f"the package's manifest lists the {what} {', '.join(map(str, specs))}; its code "
+                f"has {', '.join(f'{dtype}{list(shape)}' for dtype, shape in found)}.",
+                hint="rebuild it with `hone compile`.",
+            )
+
+
+def _collect(result: Any, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
+    """Copy the virtual machine's results, which may be views of weights or of one another."""
+    tensors: Sequence[Any] = [result] if hasattr(result, "__dlpack__") else list(result)
+    if len(tensors) != len(specs):
+        raise PackageError(
+            f"the package's manifest lists {len(specs)} outputs, its code returned {len(tensors)}.",
+            hint="rebuild it with `hone compile`.",
+        )
+    outputs = {}
+    for spec, tensor in zip(specs, tensors, strict=True):
+        array = np.array(np.from_dlpack(tensor), copy=True)
+        if array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
+            raise PackageError(
+                f"the package's manifest lists output {spec}, its code returned "
+                f"{array.dtype}{list(array.shape)}.",
+                hint="rebuild it with `hone compile`.",
+            )
+        outputs[spec.name] = array
+    return outputs
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Return an uninitialized C-ordered array that begins at a multiple of 64 bytes.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Dimensions.
+    dtype : numpy.dtype
+        Native byte order.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT_BYTES, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT_BYTES
+    return np.ndarray(shape, dtype, buffer=memory.data, offset=start)
