@@ -22,9 +22,9 @@ from hone.passes.graph.dataflow import layer_of
 from hone.passes.quantize.quantize_int8 import QuantizedRead
 from hone.passes.quantize.weight_schemes import Scheme, WeightOptions
 
+from .distillation import MIX, Distillation, RecoverResult
 from .errors import ModelError, UsageError
 from .progress import Progress, silent
-from .recover import MIX, Distillation, RecoverResult
 
 _WEIGHT_AXES = (2, 4)
 
@@ -110,15 +110,13 @@ def distill_quantized(
         reads=reads,
         progress=progress,
     )
-    trainer = run.trainer
-    initial = trainer.weights()
+    initial = run.trainer.weights()
     names = _quantized(student, layers).intersection(initial)
     if not names:
         raise ModelError("no layer has a weight that is both quantized and trained")
     stages = _Stages(run, names, weights)
     stages.use(weights)
     loss_before = run.loss()
-    notes = list(run.notes)
     losses: list[float] = []
     for stage in range(count):
         if freeze:
@@ -141,28 +139,14 @@ def distill_quantized(
         losses += taken
         if freeze:
             stages.settle()
-    if len(losses) < epochs:
-        notes.append(
-            f"the time limit of {time_limit_s:g} s ended the training after "
-            f"{len(losses)} of {epochs} epochs"
-        )
     stages.use(weights)
-    loss_after = run.loss()
-    if not loss_after <= loss_before:
-        notes.append(
-            f"training raised the loss from {loss_before:.4g} to {loss_after:.4g}: the weights "
-            "stay as they were; a lower learning rate may help"
-        )
-        trainer.restart(initial)
-        loss_after = loss_before
-    return RecoverResult(
-        module=run.module(),
-        losses=tuple(losses),
+    return run.conclude(
+        losses,
+        epochs=epochs,
         loss_before=loss_before,
-        loss_after=loss_after,
-        steps=len(losses) * run.steps_per_epoch,
-        seconds=time.monotonic() - started,
-        notes=tuple(notes),
+        initial=initial,
+        started=started,
+        time_limit_s=time_limit_s,
     )
 
 

@@ -8,13 +8,14 @@ import tvm
 from tvm import relax
 from tvm.ir import assert_structural_equal
 
+from hone.distillation import RecoverResult, mixed, schedule
 from hone.errors import ModelError, UsageError
 from hone.importer import load
 from hone.passes.distill.lift_constants import trainable_constants
 from hone.passes.graph.fold_batch_norm import FoldBatchNorm
 from hone.passes.graph.rebatch import Rebatch
 from hone.passes.prune.prune_channels import PruneChannels
-from hone.recover import RecoverResult, distill, mixed, schedule
+from hone.recover import distill
 
 
 def network(

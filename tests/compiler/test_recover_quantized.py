@@ -5,6 +5,7 @@ import pytest
 import tvm
 from tvm import relax
 
+from hone.distillation import Distillation
 from hone.errors import ModelError, UsageError
 from hone.passes.apply import apply
 from hone.passes.distill.lift_constants import BindConstants, LiftConstants, trainable_constants
@@ -13,7 +14,6 @@ from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.quantize.observer import Range
 from hone.passes.quantize.quantize_int8 import observed_tensors, quantize_int8, quantized_reads
 from hone.passes.quantize.weight_schemes import Scheme, WeightOptions
-from hone.recover import Distillation
 from hone.recover_quantized import check_stages, distill_quantized
 
 LAYERS = ("conv", "fc")
