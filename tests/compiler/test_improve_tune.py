@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hone import driver, improve
+from hone import driver
 from hone.errors import OutOfTimeError
 from hone.progress import silent
 from hone.steps import registry
@@ -14,6 +14,7 @@ from hone.steps.candidate import Candidate, Context
 from hone.steps.options.tune import TuneStep
 from hone.tune import TunedKernel, TuneResult
 from hone.tuning.records import Verdict
+from hone.workbench import Workbench
 
 
 def kernel(name: str, *, after_ms: float | None, verdict: Verdict | None = None) -> TunedKernel:
@@ -50,7 +51,7 @@ def propose(monkeypatch: pytest.MonkeyPatch, outcome: TuneResult | OutOfTimeErro
         return outcome
 
     monkeypatch.setattr(driver, "search", search)
-    build = improve._Build.__new__(improve._Build)
+    build = Workbench.__new__(Workbench)
     build.compact = False
     build.recipe = SimpleNamespace(tune_seconds=lambda _step: 10.0)
     build.target = build.threads = build.database = None
