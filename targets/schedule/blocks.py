@@ -125,12 +125,12 @@ def prefetch_ahead(schedule: s_tir.Schedule, loop: LoopRV, distance: int) -> Non
 
 def prefetch_epilogue(
     schedule: s_tir.Schedule,
-    anchor: SBlockRV,
     output: SBlockRV,
     loop: LoopRV,
     *,
     pixels: int,
-    passes: int,
+    channels: int,
+    passes: int = 1,
 ) -> None:
     """Mark a loop of sums so that what the epilogue touches for each pixel is requested during it.
 
@@ -142,20 +142,17 @@ def prefetch_epilogue(
     ----------
     schedule : Schedule
         Changed in place.
-    anchor : SBlockRV
-        The sums.
     output : SBlockRV
         The epilogue.
     loop : LoopRV
         Over summed channels.
-    pixels : int
+    pixels, channels : int
         Of the register tile.
     passes : int
         How often the loop runs for one tile.
     """
     if pixels == 1:
         return
-    channels = read_shape(schedule, anchor, 1)[-1]
     size = tvm.runtime.DataType(str(schedule.get(output).writes[0].source.dtype)).itemsize
     share = -(-pixels * -(-channels * size // LINE_BYTES) // passes)
     steps = int(schedule.get(loop).extent)

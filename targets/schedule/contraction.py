@@ -145,9 +145,17 @@ def schedule_conv2d(
         schedule.unroll(loop)
     if depth <= UNROLLED_DEPTH:
         schedule.unroll(c)
-    elif chunk == WHOLE:
-        taps = taps_h * taps_w
-        prefetch_epilogue(schedule, anchor, output, c, pixels=rows * columns, passes=taps)
+    else:
+        # In chunks, all pixels of a tile of weights end together.
+        tiles, turns = (1, 1) if chunk == WHOLE else (passes, passes * depth // chunk)
+        prefetch_epilogue(
+            schedule,
+            output,
+            c,
+            pixels=tiles * rows * columns,
+            channels=tile_channels,
+            passes=turns * taps_h * taps_w,
+        )
     distance = prefetch_distance(machine, rows=batch * height * width, weight_bytes=weight_bytes)
     if chunk == WHOLE:
         prefetch_ahead(schedule, c, distance)
@@ -200,7 +208,7 @@ def schedule_dense(
     schedule.vectorize(k_lane)
     for loop in (*steps, m_inner, k_vector):
         schedule.unroll(loop)
-    prefetch_epilogue(schedule, anchor, output, c, pixels=tile_rows, passes=1)
+    prefetch_epilogue(schedule, output, c, pixels=tile_rows, channels=tile_channels)
     prefetch_ahead(
         schedule,
         c,
