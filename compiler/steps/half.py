@@ -14,7 +14,7 @@ from hone.quantization_error import compared_floats
 from hone.targets.half_dot import BFLOAT16, FLOAT16
 
 from .candidate import Candidate, Context, bindings_left, prepared, selected
-from .options.half import HalfOptions
+from .options.half import Bf16Step, HalfOptions
 from .sqnr import sqnr
 
 DTYPES = {"bf16": BFLOAT16, "fp16": FLOAT16}
@@ -40,7 +40,11 @@ def propose(model: Model, step: HalfOptions, context: Context) -> Candidate:
     """
     ready = model.with_module(apply(prepared(model), ToNHWC()))
     keep = bindings_left(ready, selected(model, step), where="skip")
-    conversion = ToHalf(dtype=DTYPES[step.kind], keep_float=keep)
+    conversion = ToHalf(
+        dtype=DTYPES[step.kind],
+        keep_float=keep,
+        large_tiles=isinstance(step, Bf16Step) and step.winograd == "4x4",
+    )
     plan = conversion.plan(ready.module)
     ids = {layer.binding: layer.id for layer in ready.layers}
     skipped = tuple((ids.get(layer, layer), reason) for layer, reason in plan.skipped)

@@ -35,6 +35,9 @@ from .dataflow import (
 HALF = "@half"
 """Ends the name of a binding that holds a layer's result in 16 bits."""
 
+LARGE_TILES = "hone.large_tiles"
+"""Attribute of a function whose layers in bfloat16 may take F(4x4), see `hone.passes.lower`."""
+
 _CONV2D = tvm.ir.Op.get("relax.nn.conv2d")
 _MATMUL = tvm.ir.Op.get("relax.matmul")
 _MAX_POOL2D = tvm.ir.Op.get("relax.nn.max_pool2d")
@@ -72,6 +75,8 @@ class ToHalf:
         ``bfloat16`` or ``float16``.
     keep_float : sequence of str
         Bindings of layers that stay in float32.
+    large_tiles : bool
+        Note on the function that Winograd may take F(4x4) where its products are of bfloat16.
 
     Raises
     ------
@@ -79,11 +84,18 @@ class ToHalf:
         The type is none of the two.
     """
 
-    def __init__(self, *, dtype: str = BFLOAT16, keep_float: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        dtype: str = BFLOAT16,
+        keep_float: Sequence[str] = (),
+        large_tiles: bool = False,
+    ) -> None:
         if dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
         self._dtype = dtype
         self._keep_float = frozenset(keep_float)
+        self._large_tiles = large_tiles
 
     def plan(self, module: tvm.IRModule) -> HalfPlan:
         """Return what the pass would do to ``main`` of a module."""
@@ -104,7 +116,8 @@ class ToHalf:
         chosen, _ = self._choose(graph)
         if not chosen:
             return function
-        return _Writer(graph, chosen, self._keep_float, self._dtype).write()
+        written = _Writer(graph, chosen, self._keep_float, self._dtype).write()
+        return written.with_attr(LARGE_TILES, True) if self._large_tiles else written
 
     def _choose(self, graph: Dataflow) -> tuple[set[relax.Var], dict[relax.Var, str]]:
         chosen: set[relax.Var] = set()

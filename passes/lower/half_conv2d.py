@@ -10,7 +10,9 @@ fusion. Numerics: products of 16-bit floats, sums in float32.
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 from tvm import relax, te, tirx
@@ -24,7 +26,7 @@ from .conv2d import chunk_note, legalize_conv2d
 from .half import PAIR, Pairs, rounded_source, words
 from .half_tiles import lower_conv2d
 from .window import Window
-from .winograd import choose_transform, winograd_conv2d
+from .winograd import choose_transform, winograd_conv2d, winograd_cycles_of
 from .winograd_transforms import Transform
 from .winograd_weights import transform_weight
 
@@ -153,9 +155,27 @@ def conv2d(
 
 
 def legalize_half_conv2d(
-    machine: Machine, compact: bool, bb: relax.BlockBuilder, call: relax.Call
+    machine: Machine,
+    compact: bool,
+    large_tiles: bool,
+    bb: relax.BlockBuilder,
+    call: relax.Call,
 ) -> relax.Expr:
-    """Legalize one convolution of 16-bit floats; ``compact`` forgoes Winograd."""
+    """Legalize one convolution of 16-bit floats.
+
+    Parameters
+    ----------
+    machine : Machine
+        Decides tiles.
+    compact : bool
+        Forgo Winograd.
+    large_tiles : bool
+        Winograd may take F(4x4).
+    bb : BlockBuilder
+        Of the function.
+    call : Call
+        ``relax.nn.conv2d``.
+    """
     pairs = Pairs.of(machine, str(call.args[1].ty.dtype))
     if pairs is None:
         return legalize_conv2d(machine, compact, bb, call)
@@ -163,12 +183,16 @@ def legalize_half_conv2d(
     values = weight.value.numpy()
     channels, taps_h, taps_w, _ = values.shape
     window = Window.of(data, (taps_h, taps_w), call.attrs)
-    tiles = lower_conv2d(machine, pairs, bb, data, values, window, compact=compact)
+    points: dict[str, Any] = {
+        "channels": channels,
+        "dtype": pairs.dtype,
+        "large_tiles": large_tiles,
+    }
+    cycles = math.inf if compact else winograd_cycles_of(machine, window, **points)
+    tiles = lower_conv2d(machine, pairs, bb, data, values, window, winograd_cycles=cycles)
     if tiles is not None:
         return tiles
-    transform = None
-    if not compact:
-        transform = choose_transform(machine, window, channels=channels, dtype=pairs.dtype)
+    transform = None if compact else choose_transform(machine, window, **points)
     if transform is not None:
         return _winograd(machine, pairs, bb, data, values, window, transform)
     height, width = window.output

@@ -25,7 +25,6 @@ from . import tile_sums
 from .anchors import ANCHOR
 from .half import Pairs, rounded_source
 from .window import Window
-from .winograd import winograd_cycles_of
 
 PRODUCT = TileProduct.TDPBF16PS
 
@@ -135,7 +134,7 @@ def lower_conv2d(
     weight: np.ndarray,
     window: Window,
     *,
-    compact: bool,
+    winograd_cycles: float,
 ) -> relax.Expr | None:
     """Return a convolution in tiles, or None where they do not pay.
 
@@ -153,17 +152,14 @@ def lower_conv2d(
         bfloat16 ``[K, R, S, C]``.
     window : Window
         Geometry.
-    compact : bool
-        Winograd is no alternative.
+    winograd_cycles : float
+        Modelled, of all threads, of the alternative; infinite where there is none.
     """
     if not _has_tiles(machine):
         return None
     channels, taps_h = weight.shape[:2]
-    winograd = math.inf
-    if not compact:
-        winograd = winograd_cycles_of(machine, window, channels=channels, dtype=pairs.dtype)
     work = tile_sums.conv2d_work(window, channels, PRODUCT)
-    plan = _choose(machine, work, winograd * machine.threads)
+    plan = _choose(machine, work, winograd_cycles * machine.threads)
     if plan is None:
         return None
     if tile_sums.is_matrix(window):

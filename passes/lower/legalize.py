@@ -12,6 +12,7 @@ from functools import partial
 import tvm
 from tvm import relax
 
+from hone.passes.graph.to_half import LARGE_TILES
 from hone.passes.quantize.binarize import NAME as BINARIZE
 from hone.passes.quantize.decode_operator import NAME as DECODE_WEIGHTS
 from hone.passes.quantize.legalize import rules as integer_rules
@@ -59,6 +60,15 @@ def _by_origin(*, constant: Rule, computed: Rule) -> Rule:
     return lambda bb, call: (constant if is_constant(call.args[1]) else computed)(bb, call)
 
 
+def _takes_large_tiles(module: tvm.IRModule) -> bool:
+    """Say whether `hone.passes.graph.to_half.ToHalf` left a note that layers may take F(4x4)."""
+    return any(
+        bool(func.attrs and func.attrs.get(LARGE_TILES, False))
+        for func in module.functions.values()
+        if isinstance(func, relax.Function)
+    )
+
+
 @tvm.transform.module_pass(opt_level=0)
 class LegalizeForCPU:
     """Legalize a module for a CPU.
@@ -89,7 +99,12 @@ class LegalizeForCPU:
                             constant=partial(legalize_conv2d, self._machine, self._compact),
                             computed=partial(legalize_computed_conv2d, self._machine),
                         ),
-                        half=partial(legalize_half_conv2d, self._machine, self._compact),
+                        half=partial(
+                            legalize_half_conv2d,
+                            self._machine,
+                            self._compact,
+                            _takes_large_tiles(module),
+                        ),
                     ),
                     "relax.matmul": _by_weight(
                         single=partial(legalize_product, self._machine),

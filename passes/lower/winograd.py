@@ -22,29 +22,38 @@ from .winograd_transforms import F2, F4, F4_ROUNDED, Transform, transform_data, 
 
 
 def choose_transform(
-    machine: Machine, window: Window, *, channels: int, dtype: str = "float32"
+    machine: Machine,
+    window: Window,
+    *,
+    channels: int,
+    dtype: str = "float32",
+    large_tiles: bool = False,
 ) -> Transform | None:
     """Return the transform of a convolution that is modelled faster than the direct way, if any.
 
-    Where the products are of bfloat16, F(2x2) only, which adds little to the error of rounding
-    (docs/performance.md).
+    Where the products are of bfloat16, F(2x2) only, which adds little to the error of rounding, or
+    F(4x4) as well with ``large_tiles`` (docs/performance.md).
     """
-    layer = _layer(machine, window, channels=channels, dtype=dtype)
+    layer = _layer(machine, window, channels=channels, dtype=dtype, large_tiles=large_tiles)
     if layer is None:
         return None
     large = F4 if dtype == "float32" else F4_ROUNDED
     return {2: F2, 4: large}.get(choose_winograd(machine, **layer))
 
 
-def winograd_cycles_of(machine: Machine, window: Window, *, channels: int, dtype: str) -> float:
+def winograd_cycles_of(
+    machine: Machine, window: Window, *, channels: int, dtype: str, large_tiles: bool = False
+) -> float:
     """Return the modelled cycles, of all threads, of the best transform; infinite without one."""
-    layer = _layer(machine, window, channels=channels, dtype=dtype)
+    layer = _layer(machine, window, channels=channels, dtype=dtype, large_tiles=large_tiles)
     if layer is None:
         return math.inf
     return min(cycles for m, cycles in winograd_cycles(machine, **layer).items() if m)
 
 
-def _layer(machine: Machine, window: Window, *, channels: int, dtype: str) -> dict[str, Any] | None:
+def _layer(
+    machine: Machine, window: Window, *, channels: int, dtype: str, large_tiles: bool
+) -> dict[str, Any] | None:
     """Return a convolution as the model takes it, None where no transform applies."""
     plain = window.taps == (3, 3) and window.strides == window.dilation == (1, 1)
     batch, _, _, depth = window.shape
@@ -59,7 +68,7 @@ def _layer(machine: Machine, window: Window, *, channels: int, dtype: str) -> di
         "channels": channels,
         "depth": depth,
         "group": group,
-        "tiles": (F2.tile,) if group == PAIR else (F2.tile, F4.tile),
+        "tiles": (F2.tile,) if group == PAIR and not large_tiles else (F2.tile, F4.tile),
     }
 
 

@@ -26,6 +26,11 @@ class Bf16Step(HalfOptions):
     """Compute convolutions and matrix products from bfloat16, with float32 sums."""
 
     kind: Literal["bf16"]
+    winograd: Literal["2x2", "4x4"] = Field(
+        default="2x2",
+        description="largest output tile of Winograd's form of 3x3 layers: 4x4 takes fewer "
+        "products, and rounding costs more accuracy",
+    )
 
 
 class Fp16Step(HalfOptions):

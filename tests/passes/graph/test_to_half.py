@@ -11,7 +11,7 @@ from tvm.ir import assert_structural_equal
 
 from hone.errors import UsageError
 from hone.passes.apply import apply
-from hone.passes.graph.to_half import ToHalf, constant
+from hone.passes.graph.to_half import LARGE_TILES, ToHalf, constant
 
 RNG = np.random.default_rng(3)
 FIRST = RNG.standard_normal((6, 1, 1, 4)).astype("float32")
@@ -202,6 +202,17 @@ def test_what_does_not_fit_stays_and_is_named(
     assert plan.converted == ()
     assert [why for _, why in plan.skipped] == [reason]
     assert_structural_equal(apply(before, ToHalf()), before)
+
+
+def test_large_tiles_are_a_note_on_the_function_where_a_layer_is_converted() -> None:
+    before = module((1, 4, 4, 4), network)
+    plain = apply(before, ToHalf())["main"]
+    noted = apply(before, ToHalf(large_tiles=True))["main"]
+    assert LARGE_TILES not in plain.attrs
+    assert_structural_equal(noted, plain.with_attr(LARGE_TILES, True))
+    names = [layer for layer, _ in ToHalf().plan(before).skipped]
+    kept = [*ToHalf().plan(before).converted, *names]
+    assert apply(before, ToHalf(keep_float=kept, large_tiles=True))["main"].same_as(before["main"])
 
 
 def test_an_unknown_type_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -11,8 +12,12 @@ from tvm import relax
 
 from hone import pipeline
 from hone.passes.lower import conv2d as conv2d_module
+from hone.passes.lower.window import Window
+from hone.passes.lower.winograd import choose_transform
 from hone.passes.lower.winograd_transforms import F2, F4, F4_ROUNDED, Transform
 from hone.passes.lower.winograd_weights import round_points, transform_weight
+from hone.targets.half_dot import HalfDot
+from hone.targets.schedule.machine import Machine
 from hone.targets.target import resolve
 from hone.weights import weights_bytes
 
@@ -134,3 +139,22 @@ def test_compact_lowering_keeps_the_direct_convolution_and_its_smaller_weights(
     small = weights_bytes(pipeline.lower(module, target, threads=2, compact=True))
     assert small == weight.nbytes
     assert fast > 1.5 * small
+
+
+def test_large_tiles_are_taken_in_bfloat16_where_the_products_are_exact_or_the_caller_asks() -> (
+    None
+):
+    window = Window(
+        shape=(1, 56, 56, 64), taps=(3, 3), strides=(1, 1), padding=(1, 1, 1, 1), dilation=(1, 1)
+    )
+    wide = Machine.of(resolve("x86-64-v4"), threads=2)
+    pairs = replace(wide, half_dot=HalfDot.VDPBF16PS)
+
+    def chosen(machine: Machine, dtype: str, **options: bool) -> Transform | None:
+        return choose_transform(machine, window, channels=64, dtype=dtype, **options)
+
+    assert chosen(wide, "float32") is F4
+    assert chosen(wide, "bfloat16") is F4_ROUNDED
+    assert chosen(pairs, "bfloat16") is F2
+    assert chosen(pairs, "bfloat16", large_tiles=True) is F4_ROUNDED
+    assert chosen(pairs, "float16") is F4_ROUNDED
