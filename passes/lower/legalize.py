@@ -36,6 +36,7 @@ from .products import legalize_product
 from .reductions import STATISTICS, legalize_statistic
 from .repeat import legalize_tile
 from .resize2d import legalize_resize2d
+from .trigonometry import cos, legalize_wave, sin
 from .weight_only import legalize_decode
 from .weight_only import rules as weight_only_rules
 
@@ -131,6 +132,8 @@ class LegalizeForCPU:
             "relax.argmin": partial(legalize_arg_extremum, LEAST, self._machine),
             "relax.tile": legalize_tile,
             **ELEMENTARY_RULES,
+            "relax.sin": partial(legalize_wave, sin, "sin"),
+            "relax.cos": partial(legalize_wave, cos, "cos"),
             "relax.power": legalize_power,
             **integer_rules(self._machine, compact=self._compact),
         }
