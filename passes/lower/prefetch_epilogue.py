@@ -130,27 +130,20 @@ def _place(access: _Access, tile: list[tirx.For], number: tirx.Expr) -> list[tir
     ]
 
 
-def _requests(
-    access: _Access, tile: list[tirx.For], around: list[tirx.For], loop: tirx.For
-) -> list[tirx.Stmt]:
+def _requests(access: _Access, tile: list[tirx.For], loop: tirx.For) -> list[tirx.Stmt]:
     """Return a turn's requests: from the marked turn on each group of turns asks for a line."""
     zero = tirx.const(0, str(loop.loop_var.ty.dtype))
     first, apart = (int(number) for number in loop.annotations[PREFETCH_EPILOGUE])
     lines = math.prod(int(each.extent) for each in tile[:-2]) * _lines(access, tile)[0]
-    done, passes = zero, 1
-    for each in around:
-        done = done * int(each.extent) + each.loop_var
-        passes *= int(each.extent)
-    share = -(-lines // passes)
-    groups = (int(loop.extent) - first) // apart
-    at_once = -(-share // groups)
+    turns = int(loop.extent) - first
+    at_once = -(-lines // (turns // apart))
     turn = loop.loop_var
     if first:
         turn = tirx.max(turn - first, zero)
     turn = turn // apart
-    if int(loop.extent) - first > -(-share // at_once) * apart:
-        turn = tirx.min(turn, zero + (share - 1) // at_once)
-    numbers = [done * share + turn * at_once + index for index in range(at_once)]
+    if turns > -(-lines // at_once) * apart:
+        turn = tirx.min(turn, zero + (lines - 1) // at_once)
+    numbers = [turn * at_once + index for index in range(at_once)]
     return [
         request(access.tensor, _place(access, tile, number), FIRST_LEVEL, write=access.write)
         for number in numbers
@@ -167,7 +160,7 @@ def _asking(
     requests = [
         each
         for access in _accesses(epilogue, arguments)
-        for each in _requests(access, tile, around, marked)
+        for each in _requests(access, tile, marked)
     ]
     body = tirx.SeqStmt([marked.body, *requests]) if requests else marked.body
     for loop in (marked, *reversed(around)):

@@ -130,13 +130,14 @@ def prefetch_epilogue(
     *,
     pixels: int,
     channels: int,
-    passes: int = 1,
+    l2_bytes: int,
 ) -> None:
     """Mark a loop of sums so that what the epilogue touches for each pixel is requested during it.
 
     14 pixels of two vectors are 28 lines. In a sum of 64 steps every second step requests one more,
     in one of 512 every fourth of the last 120. The steps between ask for the same line again: to
     cut the loop into turns of two, which LLVM unrolls and then spills, took 2.3 times as long.
+    Results below a quarter of L2 stay in the core that writes them, and are not requested.
 
     Parameters
     ----------
@@ -145,19 +146,20 @@ def prefetch_epilogue(
     output : SBlockRV
         The epilogue.
     loop : LoopRV
-        Over summed channels.
+        All of the sum, or the outer part of it.
     pixels, channels : int
         Of the register tile.
-    passes : int
-        How often the loop runs for one tile.
+    l2_bytes : int
+        Cache of one core.
     """
-    if pixels == 1:
+    result = schedule.get(output).writes[0].source
+    size = tvm.runtime.DataType(str(result.dtype)).itemsize
+    if pixels == 1 or math.prod(int(extent) for extent in result.shape) * size * 4 < l2_bytes:
         return
-    size = tvm.runtime.DataType(str(schedule.get(output).writes[0].source.dtype)).itemsize
-    share = -(-pixels * -(-channels * size // LINE_BYTES) // passes)
+    lines = pixels * -(-channels * size // LINE_BYTES)
     steps = int(schedule.get(loop).extent)
-    apart = next((count for count in REQUEST_STEPS if steps // count >= share), 1)
-    first = max(steps - share * apart - LAST_STEPS, 0)
+    apart = next((count for count in REQUEST_STEPS if steps // count >= lines), 1)
+    first = max(steps - lines * apart - LAST_STEPS, 0)
     schedule.annotate(loop, PREFETCH_EPILOGUE, [first, apart])
 
 

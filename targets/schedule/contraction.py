@@ -145,16 +145,14 @@ def schedule_conv2d(
         schedule.unroll(loop)
     if depth <= UNROLLED_DEPTH:
         schedule.unroll(c)
-    else:
-        # In chunks, all pixels of a tile of weights end together.
-        tiles, turns = (1, 1) if chunk == WHOLE else (passes, passes * depth // chunk)
+    elif taps_h * taps_w == 1 and chunk == WHOLE:
         prefetch_epilogue(
             schedule,
             output,
             c,
-            pixels=tiles * rows * columns,
+            pixels=rows * columns,
             channels=tile_channels,
-            passes=turns * taps_h * taps_w,
+            l2_bytes=machine.l2_bytes,
         )
     distance = prefetch_distance(machine, rows=batch * height * width, weight_bytes=weight_bytes)
     if chunk == WHOLE:
@@ -208,7 +206,14 @@ def schedule_dense(
     schedule.vectorize(k_lane)
     for loop in (*steps, m_inner, k_vector):
         schedule.unroll(loop)
-    prefetch_epilogue(schedule, output, c, pixels=tile_rows, channels=tile_channels)
+    prefetch_epilogue(
+        schedule,
+        output,
+        c,
+        pixels=tile_rows,
+        channels=tile_channels,
+        l2_bytes=machine.l2_bytes,
+    )
     prefetch_ahead(
         schedule,
         c,
