@@ -20,6 +20,7 @@ from tvm import relax, te, tirx
 from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.tile_model import choose_tile, chunk_of
 from hone.targets.schedule.weight_chunks import CHUNK, WHOLE
+from hone.targets.schedule.winograd_model import Form, tile_rows
 
 from .anchors import (
     ANCHOR,
@@ -31,9 +32,9 @@ from .anchors import (
 )
 from .half import is_half, widen, widened_source
 from .window import Window as Window
-from .winograd import choose_transform, winograd_conv2d
+from .winograd import choose_form, transform_of, winograd_conv2d
 from .winograd_transforms import Transform
-from .winograd_weights import transform_weight
+from .winograd_weights import transform_rows, transform_weight
 
 
 def pad(
@@ -222,21 +223,28 @@ def _winograd(
     data: relax.Expr,
     weight: np.ndarray,
     window: Window,
+    form: Form,
     transform: Transform,
 ) -> relax.Expr:
     channels, _, _, depth = weight.shape
     height, width = window.output
-    m = transform.tile
+    m = form.tile
     tiles = window.shape[0] * -(-height // m) * -(-width // m)
-    tile = choose_tile(machine, height=1, width=tiles, channels=channels, depth=depth, taps=1)
-    packed = transform_weight(weight, transform, tile.vectors * machine.lanes)
+    if form.rows:
+        at_once = tile_rows(machine, form, tiles)
+        packed = transform_rows(weight, transform, machine.lanes)
+    else:
+        tile = choose_tile(machine, height=1, width=tiles, channels=channels, depth=depth, taps=1)
+        at_once = tile.columns
+        packed = transform_weight(weight, transform, tile.vectors * machine.lanes)
     return bb.call_te(
         partial(
             winograd_conv2d,
             window=window,
             transform=transform,
             channels=channels,
-            tile_rows=tile.columns,
+            tile_rows=at_once,
+            rows=form.rows,
         ),
         data,
         relax.const(packed),
@@ -304,12 +312,14 @@ def legalize_conv2d(
             "depth": depth,
             "taps": taps_h * taps_w,
         }
-        transform = None
         if not compact:
             dtype = str(weight.ty.dtype)
-            transform = choose_transform(machine, window, channels=channels, dtype=dtype)
-        if transform is not None:
-            return _winograd(machine, bb, data, values, window, transform)
+            form = choose_form(
+                machine, window, channels=channels, dtype=dtype, rows=dtype == "float32"
+            )
+            transform = transform_of(form, dtype)
+            if transform is not None:
+                return _winograd(machine, bb, data, values, window, form, transform)
         tile = choose_tile(machine, **layer, chunks=True)
         pack = tile.vectors * machine.lanes
         data, channels_first = through_layout_change(bb, data)

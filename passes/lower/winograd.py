@@ -14,11 +14,19 @@ from typing import Any
 from tvm import te, tirx
 
 from hone.targets.schedule.machine import Machine
-from hone.targets.schedule.winograd_model import choose_winograd, winograd_cycles
+from hone.targets.schedule.winograd_model import DIRECT, Form, choose_winograd, winograd_cycles
 
 from .half import PAIR, Pairs, widen
 from .window import Window
-from .winograd_transforms import F2, F4, F4_ROUNDED, Transform, transform_data, transform_output
+from .winograd_transforms import (
+    F2,
+    F4,
+    F4_ROUNDED,
+    Transform,
+    transform_data,
+    transform_output,
+    transform_row,
+)
 
 
 def choose_transform(
@@ -34,11 +42,28 @@ def choose_transform(
     Where the products are of bfloat16, F(2x2) only, which adds little to the error of rounding, or
     F(4x4) as well with ``large_tiles`` (docs/performance.md).
     """
+    form = choose_form(machine, window, channels=channels, dtype=dtype, large_tiles=large_tiles)
+    return transform_of(form, dtype)
+
+
+def choose_form(
+    machine: Machine,
+    window: Window,
+    *,
+    channels: int,
+    dtype: str = "float32",
+    large_tiles: bool = False,
+    rows: bool = False,
+) -> Form:
+    """Return the form that is modelled fastest; ``rows`` as in `winograd_cycles`."""
     layer = _layer(machine, window, channels=channels, dtype=dtype, large_tiles=large_tiles)
-    if layer is None:
-        return None
+    return DIRECT if layer is None else choose_winograd(machine, rows=rows, **layer)
+
+
+def transform_of(form: Form, dtype: str) -> Transform | None:
+    """Return the transform of a form, None for the direct one."""
     large = F4 if dtype == "float32" else F4_ROUNDED
-    return {2: F2, 4: large}.get(choose_winograd(machine, **layer))
+    return {2: F2, 4: large}.get(form.tile)
 
 
 def winograd_cycles_of(
@@ -48,7 +73,8 @@ def winograd_cycles_of(
     layer = _layer(machine, window, channels=channels, dtype=dtype, large_tiles=large_tiles)
     if layer is None:
         return math.inf
-    return min(cycles for m, cycles in winograd_cycles(machine, **layer).items() if m)
+    costs = winograd_cycles(machine, **layer)
+    return min(cycles for form, cycles in costs.items() if form.tile)
 
 
 def _layer(
@@ -81,6 +107,7 @@ def winograd_conv2d(
     channels: int,
     tile_rows: int,
     pairs: Pairs | None = None,
+    rows: bool = False,
 ) -> te.Tensor:
     """Return the 3x3 convolution of NHWC data with transformed weights.
 
@@ -90,7 +117,7 @@ def winograd_conv2d(
         ``[N, H, W, C]``; 16-bit floats are widened.
     weight : Tensor
         ``[m + 2, m + 2, ceil(K / tk), C, tk]``; with pairs int32
-        ``[m + 2, m + 2, ceil(K / tk), C / 2, tk]``.
+        ``[m + 2, m + 2, ceil(K / tk), C / 2, tk]``, with rows ``[ceil(K / tk), m + 2, 3, C, tk]``.
     window : Window
         Geometry: 3x3, stride 1, no dilation.
     transform : Transform
@@ -101,6 +128,9 @@ def winograd_conv2d(
         Tiles of one register tile; the number of tiles is rounded up to it.
     pairs : Pairs, optional
         Rounds the transformed data and sums pairs of channels; the transforms stay in float32.
+    rows : bool
+        The float32 weights are transformed along their rows only; each step of a sum transforms the
+        vector of weights that it needs along the other axis, in registers.
     """
     batch, height, width, depth = window.shape
     out_height, out_width = window.output
@@ -109,7 +139,8 @@ def winograd_conv2d(
     down, across = -(-out_height // m), -(-out_width // m)
     tiles = batch * down * across
     rounded = -(-tiles // tile_rows) * tile_rows
-    blocks, _, pack = (int(extent) for extent in weight.shape[2:])
+    pack = int(weight.shape[4])
+    blocks = int(weight.shape[0 if rows else 2])
 
     def pixel(p: tirx.Expr, i: int, j: tirx.Expr, c: tirx.Expr) -> tirx.Expr:
         tile = p if rounded == tiles else tirx.min(p, tiles - 1)
@@ -119,30 +150,41 @@ def winograd_conv2d(
         inside = tirx.all(h >= 0, h < height, w >= 0, w < width)
         return tirx.if_then_else(inside, widen(data[n, h, w, c]), tirx.const(0, "float32"))
 
-    rows = te.compute(
+    across_rows = te.compute(
         (rounded, side, side, depth),
         lambda p, x, j, c: transform_data(transform, x, lambda i: pixel(p, i, j, c)),
         name="wino_rows",
     )
 
     def point(x: tirx.Var, y: tirx.Var, p: tirx.Var, c: tirx.Var) -> tirx.Expr:
-        value = transform_data(transform, y, lambda j: rows[p, x, j, c])
+        value = transform_data(transform, y, lambda j: across_rows[p, x, j, c])
         return value if pairs is None else pairs.bits(value)
 
     points = te.compute((side, side, rounded, depth), point, name="wino_in")
     c = te.reduce_axis((0, int(weight.shape[3])), "c")
 
+    def factor_of(x: tirx.Var, y: tirx.Var, k: tirx.Var) -> tirx.Expr:
+        return transform_row(transform, y, lambda s: weight[k // pack, x, s, c, k % pack])
+
     def product(x: tirx.Var, y: tirx.Var, p: tirx.Var, k: tirx.Var) -> tirx.Expr:
+        if rows:
+            return te.sum(points[x, y, p, c] * factor_of(x, y, k), axis=c)
         factor = weight[x, y, k // pack, c, k % pack]
         if pairs is None:
             return te.sum(points[x, y, p, c] * widen(factor), axis=c)
         return pairs.sum(lambda half: points[x, y, p, PAIR * c + half], factor, axis=[c])
 
-    sums = te.compute((side, side, rounded, blocks * pack), product, name="wino_acc")
+    sums = te.compute(
+        (side, side, rounded, blocks * pack),
+        product,
+        name="wino_row_acc" if rows else "wino_acc",
+    )
     columns = te.compute(
         (batch, down, across, m, side, channels),
         lambda n, a, b, i, y, k: transform_output(
-            transform, i, lambda x: sums[x, y, (n * down + a) * across + b, k]
+            transform,
+            i,
+            lambda x: sums[x, y, (n * down + a) * across + b, k],
         ),
         name="wino_cols",
     )
@@ -154,6 +196,7 @@ def winograd_conv2d(
             lambda y: columns[
                 n, tirx.indexdiv(h, m), tirx.indexdiv(w, m), tirx.indexmod(h, m), y, k
             ],
+            scaled=not rows,
         ),
         name="wino_out",
     )

@@ -58,13 +58,20 @@ class Transform:
     @property
     def weight(self) -> np.ndarray:
         """``G [m + 2, 3]``: row i is ``a_i^k / prod (a_i - a_j)``, the last one ``0 0 1``."""
-        finite = self.finite
-        scale = [
-            np.prod([point - other for j, other in enumerate(finite) if j != i])
-            for i, point in enumerate(finite)
+        rows = [
+            [point**k / scale for k in range(3)]
+            for point, scale in zip(self.finite, self.scale, strict=True)
         ]
-        rows = [[point**k / scale[i] for k in range(3)] for i, point in enumerate(finite)]
         return np.array([*rows, [0.0, 0.0, 1.0]])
+
+    @property
+    def scale(self) -> Row:
+        """``prod (a_i - a_j), j != i`` of each finite point; the same for ``+a`` and ``-a``."""
+        finite = self.finite
+        return tuple(
+            float(np.prod([point - other for j, other in enumerate(finite) if j != i]))
+            for i, point in enumerate(finite)
+        )
 
 
 F2 = Transform(pairs=(1.0,))
@@ -123,16 +130,39 @@ def transform_data(
     return select_row(row, values)
 
 
-def transform_output(
-    transform: Transform, row: tirx.Expr, term: Callable[[int], tirx.Expr]
+def transform_row(
+    transform: Transform, column: tirx.Expr, term: Callable[[int], tirx.Expr]
 ) -> tirx.Expr:
-    """Return one row of ``A^T`` times a vector: ``sum a_i^row m_i``, the last with infinity's."""
+    """Return one point of a row of weights, but for the point's `scale`, which is the output's.
+
+    So it takes two operations at most: ``g_0 + a^2 g_2``, and ``a g_1`` added or subtracted.
+    """
+    values = [term(0)]
+    for a in transform.pairs:
+        even, odd = _sum([(1.0, term(0)), (a * a, term(2))]), _sum([(a, term(1))])
+        values += [even + odd, even - odd]
+    return select_row(column, [*values, term(2)])
+
+
+def transform_output(
+    transform: Transform,
+    row: tirx.Expr,
+    term: Callable[[int], tirx.Expr],
+    *,
+    scaled: bool = True,
+) -> tirx.Expr:
+    """Return one row of ``A^T`` times a vector: ``sum a_i^row m_i``, the last with infinity's.
+
+    With ``scaled`` the weights were divided by the `scale` of each point; else it is done here.
+    """
+    scales = (1.0,) * len(transform.scale) if scaled else transform.scale
     values = []
     for power in range(transform.tile):
-        terms = [(1.0, term(0))] if power == 0 else []
+        terms = [(1 / scales[0], term(0))] if power == 0 else []
         for index, point in enumerate(transform.pairs):
             plus, minus = term(2 * index + 1), term(2 * index + 2)
-            terms.append((point**power, plus - minus if power % 2 else plus + minus))
+            both = plus - minus if power % 2 else plus + minus
+            terms.append((point**power / scales[2 * index + 1], both))
         if power == transform.tile - 1:
             terms.append((1.0, term(transform.side - 1)))
         values.append(_sum(terms))

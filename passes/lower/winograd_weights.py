@@ -82,3 +82,14 @@ def transform_weight(weight: np.ndarray, transform: Transform, tile: int) -> np.
     side = transform.side
     blocked = padded.reshape(side, side, rounded // tile, tile, depth)
     return np.ascontiguousarray(blocked.transpose(0, 1, 2, 4, 3))
+
+
+def transform_rows(weight: np.ndarray, transform: Transform, tile: int) -> np.ndarray:
+    """Transform ``[K, 3, 3, C]`` along its rows, to ``[ceil(K / tile), m + 2, 3, C, tile]``."""
+    channels, _, _, depth = weight.shape
+    rows = np.einsum("xr,krsc->kxsc", transform.weight, weight.astype("float64"))
+    rounded = -(-channels // tile) * tile
+    padded = np.zeros((rounded, *rows.shape[1:]), weight.dtype)
+    padded[:channels] = rows
+    blocked = padded.reshape(rounded // tile, tile, transform.side, 3, depth)
+    return np.ascontiguousarray(blocked.transpose(0, 2, 3, 4, 1))

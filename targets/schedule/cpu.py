@@ -29,6 +29,7 @@ from .tiles import schedule_tiles
 from .weight_only import schedule_weight_only_dense
 from .window import schedule_window
 from .winograd import schedule_winograd
+from .winograd_rows import schedule_winograd_rows
 
 WRITTEN = "its loops are written out, parallel ones included"
 """Why no rule schedules a function that TVM's own code wrote."""
@@ -44,8 +45,8 @@ class Decision:
         Name of the PrimFunc.
     rule : str
         ``conv2d``, ``dense``, ``single_row``, ``batch_matmul``, ``attention``, ``window``,
-        ``bands``, ``winograd``, ``rows``, ``columns``, ``weight_only``, ``tiles``, ``copies``,
-        ``matrices``, ``resize``, ``generic``, ``record`` or ``none``.
+        ``bands``, ``winograd``, ``winograd_rows``, ``rows``, ``columns``, ``weight_only``,
+        ``tiles``, ``copies``, ``matrices``, ``resize``, ``generic``, ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
     """
@@ -70,6 +71,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("tile_acc", "tiles"),
         ("qmm_acc", "dot_dense"),
         ("matrix_acc", "matrices"),
+        ("wino_row_acc", "winograd_rows"),
         ("wino_acc", "winograd"),
         ("attn_acc", "attention"),
         ("resize_out", "resize"),
@@ -96,6 +98,7 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "rows": schedule_rows,
         "columns": schedule_columns,
         "winograd": schedule_winograd,
+        "winograd_rows": schedule_winograd_rows,
         "single_row": schedule_single_row,
         "weight_only": schedule_weight_only_dense,
     }

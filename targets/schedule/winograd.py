@@ -52,22 +52,8 @@ def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
     machine : Machine
         Decides tiles and tasks.
     """
-    blocks = leaves(schedule)
-    by_name = {name_of(schedule, block): block for block in blocks}
-    columns = by_name["wino_cols"]
-    if name_of(schedule, blocks[-1]) == "wino_out":
-        output = blocks[-1]
-    else:
-        schedule.compute_inline(by_name["wino_out"])
-        output = output_block(schedule, columns, leaves(schedule))
-    side = extents(schedule, columns)[4]
-    n, h, w, k = schedule.get_loops(output)
-    m = side - 2
-    lanes = vector_length(extents(schedule, output)[-1], machine.lanes)
-    h_outer, h_inner = schedule.split(h, [None, m])
-    w_outer, w_inner = schedule.split(w, [None, m])
-    k_outer, k_lane = schedule.split(k, [None, lanes])
-    schedule.reorder(n, h_outer, w_outer, k_outer, h_inner, w_inner, k_lane)
+    columns, output = tile_output(schedule, machine)
+    n, h_outer, w_outer, k_outer, h_inner, w_inner, k_lane = schedule.get_loops(output)
     work = cycles(schedule, columns, machine.lanes)
     schedule.compute_at(columns, k_outer, preserve_unit_loops=True)
     across = int(schedule.get(w_outer).extent)
@@ -87,16 +73,50 @@ def schedule_winograd(schedule: s_tir.Schedule, machine: Machine) -> None:
     elif way == "rows":
         _schedule_task(schedule, machine, schedule.fuse(n, h_outer), across)
     else:
-        _schedule_input(schedule, machine, None)
+        schedule_input(schedule, machine, None)
         _schedule_products(schedule, machine)
         tiles = schedule.fuse(n, h_outer, w_outer)
         parallelize(schedule, tiles, work=work, least=MIN_PARALLEL_CYCLES)
+    finish_columns(schedule, columns)
+    for loop in (h_inner, w_inner):
+        schedule.unroll(loop)
+    schedule.vectorize(k_lane)
+
+
+def tile_output(schedule: s_tir.Schedule, machine: Machine) -> tuple[SBlockRV, SBlockRV]:
+    """Split the loops of the output into tiles and vectors of channels, the epilogue inlined.
+
+    Returns
+    -------
+    tuple of SBlockRV
+        The stage ``wino_cols``, and the output with loops ``n``, rows and columns of tiles, vectors
+        of channels, rows and columns of a tile, channels of a vector.
+    """
+    blocks = leaves(schedule)
+    by_name = {name_of(schedule, block): block for block in blocks}
+    columns = by_name["wino_cols"]
+    if name_of(schedule, blocks[-1]) == "wino_out":
+        output = blocks[-1]
+    else:
+        schedule.compute_inline(by_name["wino_out"])
+        output = output_block(schedule, columns, leaves(schedule))
+    m = extents(schedule, columns)[4] - 2
+    n, h, w, k = schedule.get_loops(output)
+    lanes = vector_length(extents(schedule, output)[-1], machine.lanes)
+    h_outer, h_inner = schedule.split(h, [None, m])
+    w_outer, w_inner = schedule.split(w, [None, m])
+    k_outer, k_lane = schedule.split(k, [None, lanes])
+    schedule.reorder(n, h_outer, w_outer, k_outer, h_inner, w_inner, k_lane)
+    return columns, output
+
+
+def finish_columns(schedule: s_tir.Schedule, columns: SBlockRV) -> None:
+    """Unroll and vectorize the columns of a tile that is transformed back."""
     *_, i, y, lane = schedule.get_loops(columns)
     schedule.reorder(y, i)
-    for loop in (i, y, h_inner, w_inner):
+    for loop in (i, y):
         schedule.unroll(loop)
     schedule.vectorize(lane)
-    schedule.vectorize(k_lane)
 
 
 def _ways(
@@ -183,8 +203,12 @@ def _tile_rows(machine: Machine, tiles: int, channels: int, depth: int, pack: in
     return rows
 
 
-def _spread(schedule: s_tir.Schedule, block: SBlockRV) -> None:
-    """Keep the points of a tile, which lie one behind the other, out of one set of a cache."""
+def spread(schedule: s_tir.Schedule, block: SBlockRV) -> None:
+    """Keep the points of a tile, which lie one behind the other, out of one set of a cache.
+
+    The stage is ``[m + 2, m + 2, ...]``; a point takes what the block's loops behind those run
+    through.
+    """
     dtype = str(schedule.get(block).writes[0].source.dtype)
     itemsize = tvm.runtime.DataType(dtype).itemsize
     *_, tiles, channels = extents(schedule, block)
@@ -207,7 +231,7 @@ def _schedule_task(schedule: s_tir.Schedule, machine: Machine, task: LoopRV, cou
     schedule.reorder(x, y, k_outer, p_outer, p_inner, k_vector, k_lane)
     schedule.compute_at(sums, p_outer, preserve_unit_loops=True)
     outer_loops = len(schedule.get_loops(sums)) - 5
-    _spread(schedule, stored)
+    spread(schedule, stored)
     *_, p_sum, k_sum, c = schedule.get_loops(sums)
     chain, lane = schedule.split(k_sum, [None, lanes])
     c, steps = split_sum(schedule, machine, c, depth)
@@ -219,14 +243,14 @@ def _schedule_task(schedule: s_tir.Schedule, machine: Machine, task: LoopRV, cou
         schedule.unroll(loop)
     schedule.vectorize(lane)
     schedule.vectorize(k_lane)
-    _schedule_input(schedule, machine, task)
+    schedule_input(schedule, machine, task)
     # Before the sums are split from their start: a loop that holds both parts is refused.
     work = side * side * tiles * channels * depth
     parallelize(schedule, task, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
     start_sums(schedule, sums, c, outer_loops=outer_loops)
 
 
-def _schedule_input(schedule: s_tir.Schedule, machine: Machine, task: LoopRV | None) -> None:
+def schedule_input(schedule: s_tir.Schedule, machine: Machine, task: LoopRV | None) -> None:
     """Schedule the transform of the input, in a loop of its own or inside a task."""
     points = schedule.get_sblock("wino_in")
     if task is not None:
@@ -239,7 +263,7 @@ def _schedule_input(schedule: s_tir.Schedule, machine: Machine, task: LoopRV | N
     schedule.reorder(p, c_outer, x, y, c_lane)
     work = cycles(schedule, rows, machine.lanes)
     schedule.compute_at(rows, c_outer, preserve_unit_loops=True)
-    _spread(schedule, points)
+    spread(schedule, points)
     if task is None:
         parallelize(schedule, p, work=work, least=MIN_PARALLEL_CYCLES)
     *_, row, column, lane = schedule.get_loops(rows)

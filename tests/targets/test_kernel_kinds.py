@@ -25,7 +25,17 @@ from hone.targets.target import resolve
 
 THREADS = 2
 RULES = {
-    *("conv2d", "winograd", "window", "dense", "batch_matmul", "attention", "rows", "columns"),
+    *(
+        "conv2d",
+        "winograd",
+        "winograd_rows",
+        "window",
+        "dense",
+        "batch_matmul",
+        "attention",
+        "rows",
+        "columns",
+    ),
     *("bands", "resize", "generic"),
 }
 
@@ -133,6 +143,7 @@ JOINED = {
         "1x1x16 of 8, 3x3",
     )
 }  # fmt: skip
+DECIDED = {**JOINED, "winograd 3x9x7x61 to 160": "4x4 rows"}
 NONE = np.array([], np.float32)
 POINT = {"taps": (1, 1), "pads": (0, 0, 0, 0)}
 CASES = [
@@ -162,6 +173,7 @@ CASES = [
          strides=[2, 2]),
     conv("Winograd", (3, 48, 13, 11), 37),
     conv("Winograd", (1, 128, 7, 7), 144),
+    conv("Winograd, weights by rows", (3, 61, 9, 7), 160),
     conv("weights requested ahead", (1, 509, 3, 5), 577, **POINT),
     *(one("dense", "MatMul", x, weights=((x[-1], k), )) for x, k in (
         ((1, 7), 3), ((1, 64), 10), ((5, 33), 17), ((2, 37, 19), 23), ((3, 701), 809))),
@@ -352,7 +364,7 @@ def expected() -> Expected:
 
 def scheduled(model: Any, name: str) -> Any:
     target = resolve(name)
-    lowered = pipeline.lower(model.module, target, threads=THREADS, decided=JOINED)
+    lowered = pipeline.lower(model.module, target, threads=THREADS, decided=DECIDED)
     result = pipeline.schedule(lowered, target, threads=THREADS)
     assert {decision.rule for decision in result.decisions} >= RULES
     return result.module

@@ -110,7 +110,7 @@ def test_conv2d_equals_the_oracle_with_bias_residual_and_relu(
         return relax.op.nn.relu(relax.op.add(relax.op.add(y, relax.const(bias)), other))
 
     actual, rules = run_op(make, x, other)
-    assert case.rule in rules
+    assert any(rule.startswith(case.rule) for rule in rules)
     # A float32 sum of n terms of size about 1 is off by at most n units of 2**-24 times the sum
     # of magnitudes; F(4x4) by some 1.4e-6 of the largest output.
     atol = max(1e-4, 3e-6 * float(np.abs(exact).max()))
