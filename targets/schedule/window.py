@@ -26,6 +26,9 @@ MAX_COLUMNS = 8
 # Images of up to 7x7 follow convolutions that split channels across threads, larger ones
 # convolutions that split rows; splitting the same axis keeps data in the core's own cache.
 SMALL_IMAGE = 7 * 7
+# Where a pixel has no more vectors of channels than this, pooling takes them together: lines are
+# read one behind the other (112x112x64 in 20 us for 24). With twelve of them it lost (11 for 10).
+POOLED_VECTORS = 4
 
 
 def column_tiles(width: int) -> list[int]:
@@ -63,26 +66,31 @@ def schedule_window(
     if height % machine.threads == 0 and in_height * in_width > SMALL_IMAGE:
         share = machine.threads
     shared = [d for d in divisors(height) if d % share == 0]
-    parts = next(
-        (
-            d
-            for d in shared
-            if ((height // d - 1) * stride + taps_h) * in_width * lanes * itemsize
-            <= machine.l1_bytes * 3 // 2
-        ),
-        height,
+    # Pooling has no weights that stay for all pixels of a channel: it may take pixels as they lie.
+    pools = len(schedule.get(anchor).reads) == 1 and channels // lanes <= POOLED_VECTORS
+    in_l1 = (
+        d
+        for d in shared
+        if ((height // d - 1) * stride + taps_h) * in_width * lanes * itemsize
+        <= machine.l1_bytes * 3 // 2
     )
+    parts = height if pools else next(in_l1, height)
     # Tuning tries the numbers of rows next to that one.
     near = sorted(shared, key=lambda d: abs(math.log(d / parts)))[:MOST_OPTIONS]
     parts = machine.pick("parts", {str(d): d for d in dict.fromkeys((parts, *near))})
     h_part, h_block = schedule.split(h, [parts, None])
-    schedule.reorder(n, h_part, c_outer, h_block, w_outer, r, s, w_inner, c_lane)
-    tasks = schedule.fuse(n, h_part, c_outer)
-    schedule.reverse_compute_at(output, w_outer, preserve_unit_loops=True)
+    if pools:
+        schedule.reorder(n, h_part, h_block, w_outer, c_outer, r, s, w_inner, c_lane)
+        tasks, tile, outer_loops = schedule.fuse(n, h_part), c_outer, 4
+        schedule.unroll(c_outer)
+    else:
+        schedule.reorder(n, h_part, c_outer, h_block, w_outer, r, s, w_inner, c_lane)
+        tasks, tile, outer_loops = schedule.fuse(n, h_part, c_outer), w_outer, 3
+    schedule.reverse_compute_at(output, tile, preserve_unit_loops=True)
     work = batch * height * width * channels * taps_h * taps_w
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_STEPS)
     schedule.vectorize(c_lane)
     for loop in (r, s, w_inner):
         schedule.unroll(loop)
-    start_sums(schedule, anchor, r, outer_loops=3)
-    finish_output(schedule, output, outer_loops=3, lanes=vector)
+    start_sums(schedule, anchor, r, outer_loops=outer_loops)
+    finish_output(schedule, output, outer_loops=outer_loops, lanes=vector)
