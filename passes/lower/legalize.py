@@ -26,6 +26,7 @@ from .computed_weights import legalize_computed_conv2d
 from .conv2d import legalize_conv2d
 from .elementary import ELEMENTARY_RULES
 from .fuse_attention import FuseAttention
+from .grid_sample import legalize_grid_sample
 from .half import is_half, legalize_astype
 from .half_conv2d import legalize_half_conv2d
 from .half_dense import legalize_half_matmul
@@ -118,6 +119,7 @@ class LegalizeForCPU:
             "relax.nn.max_pool2d": legalize_max_pool2d,
             "relax.nn.avg_pool2d": legalize_avg_pool2d,
             "relax.image.resize2d": legalize_resize2d,
+            "relax.image.grid_sample": legalize_grid_sample,
             "relax.nn.softmax": partial(legalize_softmax, False, self._machine),
             "relax.nn.log_softmax": partial(legalize_softmax, True, self._machine),
             "relax.nn.layer_norm": partial(legalize_layer_norm, True, self._machine),
