@@ -93,6 +93,20 @@ class Dataflow:
         axes = call.attrs.axes
         return value.transpose(None if axes is None else [int(axis) for axis in axes])
 
+    def tensors(self, names: Sequence[str]) -> list[relax.Var]:
+        """Return the parameters and bindings of these names, in their order.
+
+        Raises
+        ------
+        ModelError
+            A name is no tensor of the function.
+        """
+        by_name = {str(var.name): var for var in (*self.function.params, *self.definition)}
+        unknown = [name for name in names if name not in by_name]
+        if unknown:
+            raise ModelError("there is no tensor of these names", problems=unknown)
+        return [by_name[name] for name in names]
+
     def used_once(self, var: relax.Var) -> bool:
         """Tell whether `var` has exactly one use, which is not the function's result."""
         users = self.users.get(var, [])

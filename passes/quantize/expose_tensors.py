@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import tvm
 from tvm import relax
 
-from hone.errors import ModelError
 from hone.passes.graph.dataflow import Dataflow, Rebuilder
 
 
@@ -40,11 +39,8 @@ class ExposeTensors:
         """
         function = module["main"]
         graph = Dataflow(function)
-        by_name = {str(var.name): var for var in (*function.params, *graph.definition)}
-        unknown = [name for name in self._tensors if name not in by_name]
-        if unknown:
-            raise ModelError("there is no tensor of these names", problems=unknown)
-        chosen = {by_name[name] for name in self._tensors}
+        exposed = graph.tensors(self._tensors)
+        chosen = set(exposed)
         rebuilder = Rebuilder(function)
         for binding in graph.bindings:
             if binding.var in chosen:
@@ -53,5 +49,5 @@ class ExposeTensors:
                 rebuilder.replace(binding.var, var)
             else:
                 rebuilder.copy(binding)
-        body = relax.Tuple([rebuilder.use(by_name[name]) for name in self._tensors])
+        body = relax.Tuple([rebuilder.use(var) for var in exposed])
         return tvm.IRModule({"main": rebuilder.finish(body)}, attrs=module.attrs)

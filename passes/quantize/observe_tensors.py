@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import tvm
 from tvm import relax
 
-from hone.errors import ModelError
 from hone.passes.graph.dataflow import Dataflow, shape_of, variables
 
 STATISTICS = 3
@@ -48,10 +47,7 @@ class ObserveTensors:
         """
         function = module["main"]
         graph = Dataflow(function)
-        by_name = {str(var.name): var for var in (*function.params, *graph.definition)}
-        unknown = [name for name in self._tensors if name not in by_name]
-        if unknown:
-            raise ModelError("there is no tensor of these names", problems=unknown)
+        observed = graph.tensors(self._tensors)
         builder = relax.BlockBuilder()
         reductions: list[relax.VarBinding] = []
 
@@ -62,8 +58,8 @@ class ObserveTensors:
             return var
 
         results: list[relax.Var] = []
-        for name in self._tensors:
-            var = by_name[name]
+        for name, tensor in zip(self._tensors, observed, strict=True):
+            var = tensor
             if not shape_of(var):
                 var = emit(relax.op.reshape(var, (1, 1)), f"{name}@scalar")
             elif len(shape_of(var)) == 1:
