@@ -29,6 +29,8 @@ SMALL_IMAGE = 7 * 7
 # Where a pixel has no more vectors of channels than this, pooling takes them together: lines are
 # read one behind the other (112x112x64 in 20 us for 24). With twelve of them it lost (11 for 10).
 POOLED_VECTORS = 4
+# Taps of a window that pooling takes so at most: all of them are unrolled for each vector.
+POOLED_TAPS = 9
 
 
 def column_tiles(width: int) -> list[int]:
@@ -67,7 +69,11 @@ def schedule_window(
         share = machine.threads
     shared = [d for d in divisors(height) if d % share == 0]
     # Pooling has no weights that stay for all pixels of a channel: it may take pixels as they lie.
-    pools = len(schedule.get(anchor).reads) == 1 and channels // lanes <= POOLED_VECTORS
+    pools = (
+        len(schedule.get(anchor).reads) == 1
+        and channels // lanes <= POOLED_VECTORS
+        and taps_h * taps_w <= POOLED_TAPS
+    )
     in_l1 = (
         d
         for d in shared
