@@ -265,8 +265,7 @@ def test_the_next_chunk_is_requested_during_the_passes_over_one(rng: np.random.G
     for func in scheduled.functions.values():
         if isinstance(func, tvm.tirx.PrimFunc):
             structural_walk(func.body, ((tvm.tirx.For, note),))
-    lanes = Machine.of(target, 2).lanes
-    vectors = choose_tile(
-        Machine.of(target, 2), height=7, width=7, channels=512, depth=256, taps=1
-    ).vectors
-    assert marks == [[vectors * lanes * case.chunk, 7, 3]]
+    machine = Machine.of(target, 2)
+    tile = choose_tile(machine, height=7, width=7, channels=512, depth=256, taps=1)
+    passes = 7 // tile.rows * -(-7 // tile.columns)
+    assert marks == [[tile.vectors * machine.lanes * case.chunk, passes, 3]]
