@@ -1,13 +1,15 @@
-"""Makes one kernel of a 1x1 convolution and the depthwise convolution that alone reads it.
+"""Makes one kernel of a 1x1 and a depthwise convolution, one of which alone reads the other.
 
 Joins two groups of ``FuseOps``, epilogues included, where the machine gains by it. What lies
-between is then a stage of a kernel, which `hone.targets.schedule.bands` computes by bands of rows
-that stay in a core's cache. Runs on grouped modules before ``FuseTIR``. Numerics: exact.
+between is then a stage of a kernel, which `hone.targets.schedule.bands` or, where the depthwise
+convolution comes first, `hone.targets.schedule.projection` keeps in a core's cache. Runs on grouped
+modules before ``FuseTIR``. Numerics: exact.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import tvm
@@ -16,6 +18,7 @@ from tvm import relax
 from hone.passes.graph.dataflow import Dataflow, Rebuilder, is_dataflow, shape_of
 from hone.targets.schedule.bands import Chain, joins
 from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.projection import projects
 
 from .anchors import DEPTHWISE, POINTWISE, ROLE
 
@@ -72,7 +75,7 @@ class _Pair:
 
 @tvm.transform.module_pass(opt_level=0)
 class FuseRows:
-    """Join 1x1 convolutions with the depthwise ones behind them.
+    """Join 1x1 convolutions with the depthwise ones behind them, or these with 1x1 ones behind.
 
     Parameters
     ----------
@@ -91,11 +94,11 @@ class FuseRows:
         if not is_dataflow(main):
             return module
         graph = Dataflow(main)
-        pairs = {
-            binding.var: pair
-            for binding in graph.bindings
-            if (pair := self._pair(module, graph, binding.var)) is not None
-        }
+        pairs: dict[relax.Var, _Pair] = {}
+        for binding in graph.bindings:
+            pair = self._pair(module, graph, binding.var, taken=pairs)
+            if pair is not None:
+                pairs[binding.var] = pair
         if not pairs:
             return module
         functions = dict(module.functions.items())
@@ -114,36 +117,56 @@ class FuseRows:
         builder.update_func(module.get_global_var("main"), rebuilder.finish())
         return builder.get()
 
-    def _pair(self, module: tvm.IRModule, graph: Dataflow, var: relax.Var) -> _Pair | None:
-        """Return the groups that a binding's kernel is to compute; None for others."""
-        second = _group(module, graph.call(var), DEPTHWISE)
+    def _pair(
+        self,
+        module: tvm.IRModule,
+        graph: Dataflow,
+        var: relax.Var,
+        *,
+        taken: Mapping[relax.Var, _Pair],
+    ) -> _Pair | None:
+        """Return the groups that a binding's kernel is to compute; None for others.
+
+        ``taken`` has the pairs before it: a kernel is joined once.
+        """
+        call = graph.call(var)
+        depthwise = _group(module, call, DEPTHWISE)
+        second = depthwise or _group(module, call, POINTWISE)
         if second is None:
             return None
         reads = [param.same_as(second.data) for param in second.function.params]
         if not any(reads):
             return None
         between = second.call.args[reads.index(True)]
-        if not isinstance(between, relax.Var) or not graph.used_once(between):
+        if not isinstance(between, relax.Var) or not graph.used_once(between) or between in taken:
             return None
         if not Dataflow(second.function).used_once(second.data):
-            return None  # Its epilogue reads the expansion as well.
-        first = _group(module, graph.call(between), POINTWISE)
+            return None  # Its epilogue reads what lies between as well.
+        first = _group(module, graph.call(between), POINTWISE if depthwise else DEPTHWISE)
         if first is None:
             return None
         batch, height, width, channels = shape_of(between)
-        _, out_height, out_width, _ = shape_of(var)
-        taps_h, taps_w, _ = shape_of(second.weight)
-        *_, pack = shape_of(first.weight)
-        chain = Chain(
-            shape=(batch, height, width, channels),
-            depth=math.prod(shape_of(first.weight)[1:-1]),
-            pack=pack,
-            taps=(taps_h, taps_w),
-            output=(out_height, out_width),
-        )
-        if not joins(self._machine, chain):
-            return None
-        return _Pair(first=first, second=second, position=reads.index(True))
+        shape = (batch, height, width, channels)
+        if depthwise is None:
+            gain = projects(self._machine, shape, shape_of(var)[-1])
+        else:
+            gain = joins(self._machine, _chain(shape, first, second, shape_of(var)))
+        return _Pair(first=first, second=second, position=reads.index(True)) if gain else None
+
+
+def _chain(
+    shape: tuple[int, int, int, int], first: _Group, second: _Group, result: tuple[int, ...]
+) -> Chain:
+    """Return the geometry of a 1x1 convolution and the depthwise one behind it."""
+    taps_h, taps_w, _ = shape_of(second.weight)
+    *_, pack = shape_of(first.weight)
+    return Chain(
+        shape=shape,
+        depth=math.prod(shape_of(first.weight)[1:-1]),
+        pack=pack,
+        taps=(taps_h, taps_w),
+        output=(result[1], result[2]),
+    )
 
 
 def _joined(pair: _Pair) -> relax.Function:

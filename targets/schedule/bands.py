@@ -27,6 +27,7 @@ from .blocks import (
 )
 from .contraction import UNROLLED_DEPTH, split_sum
 from .machine import FMA_PER_CYCLE, MOST_OPTIONS, WEIGHT_BYTES_PER_CYCLE, Machine, divisors
+from .projection import schedule_projection
 from .tile_model import choose_pixels
 from .window import column_tiles
 
@@ -114,7 +115,7 @@ def _ranked_parts(machine: Machine, chain: Chain) -> list[int]:
 
 
 def schedule_bands(schedule: s_tir.Schedule, machine: Machine) -> None:
-    """Schedule ``conv_acc`` with its epilogue, then ``dw_acc`` with its own.
+    """Schedule ``conv_acc`` with its epilogue, then ``dw_acc`` with its own, or these first.
 
     Parameters
     ----------
@@ -127,6 +128,9 @@ def schedule_bands(schedule: s_tir.Schedule, machine: Machine) -> None:
     by_name = {name_of(schedule, block): block for block in blocks}
     pointwise, window = by_name["conv_acc"], by_name["dw_acc"]
     first, second = (list(by_name).index(name) for name in ("conv_acc", "dw_acc"))
+    if second < first:
+        schedule_projection(schedule, machine, blocks)
+        return
     output = output_block(schedule, window, blocks[second:])
     stored = _stored(schedule, blocks[first + 1 : second])
     n, h, w, c, r, s = schedule.get_loops(window)

@@ -114,6 +114,34 @@ def expanded(
     )  # fmt: skip
 
 
+def projected(
+    x: tuple[int, ...], k: int, *, taps: int = 3, strides: tuple[int, int] = (1, 1)
+) -> Case:
+    """Return a depthwise convolution, and the 1x1 one to k channels behind it."""
+    channels = x[1]
+    attributes = {"pads": [taps // 2] * 4, "strides": list(strides), "group": channels}
+    return Case(
+        kind="depthwise convolution and projection",
+        inputs=(x,),
+        nodes=(
+            # Not 1x1, which would be joined with the depthwise one itself.
+            conv("", x, channels).nodes[0],
+            Node(op="Relu"),
+            Node(
+                op="Conv", weights=((channels, 1, taps, taps), (channels,)), attributes=attributes
+            ),
+            Node(op="Relu"),
+            Node(op="Conv", weights=((k, channels, 1, 1), (k,))),
+        ),
+    )
+
+
+PROJECTED = {
+    f"rows {geometry}": "joined"
+    for geometry in ("6x14x16 to 32", "7x7x32 to 64", "4x4x24 to 32", "1x1x48 to 16")
+}
+
+
 def one(
     kind: str, op: str, *inputs: tuple[int, ...], weights: tuple[Any, ...] = (), **attributes: Any
 ) -> Case:
@@ -143,7 +171,7 @@ JOINED = {
         "1x1x16 of 8, 3x3",
     )
 }  # fmt: skip
-DECIDED = {**JOINED, "winograd 3x9x7x61 to 160": "4x4 rows"}
+DECIDED = {**JOINED, **PROJECTED, "winograd 3x9x7x61 to 160": "4x4 rows"}
 NONE = np.array([], np.float32)
 POINT = {"taps": (1, 1), "pads": (0, 0, 0, 0)}
 CASES = [
@@ -159,6 +187,10 @@ CASES = [
     conv("grouped convolution", (1, 6, 8, 7), 9, group=3),
     conv("grouped convolution", (3, 24, 9, 7), 72, group=2, strides=[2, 2]),
     conv("grouped convolution", (1, 5, 8, 7), 10, group=5),
+    projected((3, 16, 6, 14), 32),
+    projected((1, 32, 13, 13), 64, taps=5, strides=(2, 2)),
+    projected((2, 24, 7, 7), 32, strides=(2, 2)),
+    projected((1, 48, 1, 1), 16),
     conv("depthwise convolution", (1, 19, 13, 11), 19, group=19),
     conv("depthwise convolution", (3, 32, 12, 14), 32, group=32, strides=[2, 2]),
     expanded((1, 7, 13, 11), 48),

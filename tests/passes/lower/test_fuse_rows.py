@@ -14,6 +14,7 @@ from hone.passes.lower.fuse_operators import kernel_layers
 from hone.passes.lower.fuse_rows import FuseRows
 from hone.targets.schedule.bands import Chain, joins
 from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.projection import projects
 from hone.targets.target import resolve
 
 MACHINE = Machine.of(resolve("x86-64-v4"), 2)
@@ -188,3 +189,88 @@ def test_tuning_is_offered_the_other_choice() -> None:
     asked: dict[str, tuple[str, ...]] = {}
     joins(replace(MACHINE, l2_bytes=1 << 20, asked=asked), chain(56, 144, 24))
     assert asked == {"rows 56x56x144 of 24, 3x3": ("joined", "apart")}
+
+
+# --- a depthwise convolution and the 1x1 one behind it ----------------------------------------
+
+
+def projection(*, channels: int = 32, reuse: bool = False) -> tvm.IRModule:
+    """Return groups of a 3x3 depthwise convolution of 16 channels and a 1x1 one behind it."""
+    rng = np.random.default_rng(0)
+
+    def weight(*shape: int) -> relax.Expr:
+        return relax.const(rng.standard_normal(shape).astype("float32"))
+
+    builder, op = relax.BlockBuilder(), relax.op
+    x = relax.Var("x", relax.TensorType((1, 16, 6, 14), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            # Not 1x1, which would be joined with the depthwise one itself.
+            first = builder.emit(op.nn.relu(op.nn.conv2d(x, weight(16, 16, 3, 3), padding=1)))
+            window = builder.emit(op.nn.conv2d(first, weight(16, 1, 3, 3), padding=1, groups=16))
+            window = builder.emit(op.nn.relu(window))
+            result = builder.emit(op.nn.relu(op.nn.conv2d(window, weight(channels, 16, 1, 1))))
+            if reuse:
+                result = builder.emit(op.concat([result, window], axis=1))
+            output = builder.emit_output(result)
+        builder.emit_func_output(output)
+    module = builder.get()
+    for stage in (*pipeline.graph_stages(), *pipeline.lower_stages_of(MACHINE)):
+        if stage.name == "fuse":
+            break
+        module = stage.run(module)
+    return module
+
+
+def decided(*channels: int) -> Machine:
+    return replace(MACHINE, decided=tuple((f"rows 6x14x16 to {k}", "joined") for k in channels))
+
+
+def test_a_depthwise_group_and_a_projection_become_one() -> None:
+    before = projection()
+    assert FuseRows(MACHINE)(before).same_as(before)
+    after = FuseRows(decided(32))(before)
+    builder = relax.BlockBuilder(tvm.IRModule(dict(before.functions.items())))
+    shapes = {"x": (1, 6, 14, 16), "w": (3, 3, 16), "v": (1, 1, 1, 16, 32)}
+    x, w, v = (relax.Var(n, relax.TensorType(shape, "float32")) for n, shape in shapes.items())
+
+    def call(name: str, channels: int, *arguments: relax.Expr) -> relax.Call:
+        ty = relax.TensorType((1, 6, 14, channels), "float32")
+        return relax.call_tir(before.get_global_var(name), arguments, out_ty=ty)
+
+    with builder.function("joined", [x, w, v], attrs={"Primitive": True}, private=True):
+        with builder.dataflow():
+            between = builder.emit(call("depthwise_conv2d", 16, x, w))
+            between = builder.emit(call("relu", 16, between))
+            output = builder.emit_output(
+                call("relu1", 32, builder.emit(call("conv2d", 32, between, v)))
+            )
+        builder.emit_func_output(output)
+    joined = after["fused_depthwise_conv2d_relu_conv2d_relu1"]
+    tvm.ir.assert_structural_equal(joined, builder.get()["joined"])
+
+
+@pytest.mark.parametrize(
+    "before",
+    [projection(reuse=True), projection(channels=19)],
+    ids=["read by another operator too", "channels that no vector divides"],
+)
+def test_others_keep_their_projection_apart(before: tvm.IRModule) -> None:
+    assert FuseRows(decided(32, 19))(before).same_as(before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1, 112, 112, 32), True),
+        # A core's half lies in its own L2 anyway.
+        ((1, 28, 28, 192), False),
+        ((8, 28, 28, 192), True),
+        # Eight rows of so wide an image leave no room in L2.
+        ((1, 1024, 1024, 32), False),
+    ],
+)
+def test_windows_beyond_the_cores_caches_are_joined_with_their_projection(
+    shape: tuple[int, int, int, int], expected: bool
+) -> None:
+    assert projects(replace(MACHINE, l2_bytes=1 << 20), shape, 32) is expected
