@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx
 
+from hone.targets.schedule.contraction import PLAIN_ROWS
 from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.tile_model import choose_tile, chunk_of
 from hone.targets.schedule.weight_chunks import WHOLE
@@ -70,9 +71,7 @@ def _planes(pairs: Pairs, data: te.Tensor, window: Window, *, width: int) -> te.
     """Return the bits of the padded planes ``[N, C, H, W]`` of an image in NCHW."""
     batch, height, in_width, depth = window.shape
     top, left, bottom, right = window.padding
-    # A row that no vector divides is a plain loop, which partitioning frees of its bounds and LLVM
-    # vectorizes; vectors would test the bounds for each lane.
-    width = max(width, in_width + left + right) | 1
+    width = max(width, in_width + left + right)
 
     def element(n: tirx.Var, c: tirx.Var, h: tirx.Var, w: tirx.Var) -> tirx.Expr:
         value = pairs.bits(data[n, c, h - top, w - left])
@@ -82,7 +81,8 @@ def _planes(pairs: Pairs, data: te.Tensor, window: Window, *, width: int) -> te.
         row = tirx.if_then_else(tirx.likely(w >= left), row, zero)
         return tirx.if_then_else(tirx.all(h >= top, h < height + top), row, zero)
 
-    return te.compute((batch, depth, height + top + bottom, width), element, name="conv_pad")
+    shape = (batch, depth, height + top + bottom, width)
+    return te.compute(shape, element, name=f"conv_pad{PLAIN_ROWS}")
 
 
 def conv2d(

@@ -20,6 +20,7 @@ from .blocks import (
     MIN_PARALLEL_MULTIPLY_ADDS,
     extents,
     finish_output,
+    name_of,
     output_block,
     parallelize,
     prefetch_ahead,
@@ -36,6 +37,9 @@ from .weight_chunks import CHUNK, WHOLE, pick_chunk
 # Below this many input channels the channel loop is unrolled too: the loop would cost more
 # than its body (the first convolution of an image network).
 UNROLLED_DEPTH = 4
+# Ends the name of a padded copy whose rows stay plain loops: partitioning frees them of their
+# bounds, which a vector would test for each lane, and LLVM makes vectors of them.
+PLAIN_ROWS = "_rows"
 # Parts that tuning may cut the rows of one product of two activations into.
 MOST_PARTS = 8
 
@@ -136,7 +140,7 @@ def schedule_conv2d(
         schedule.compute_at(padding, tasks, preserve_unit_loops=True)
         last = schedule.get_loops(padding)[-1]
         pad_lanes = vector_length(int(schedule.get(last).extent), machine.lanes)
-        if pad_lanes > 1:
+        if pad_lanes > 1 and not name_of(schedule, padding).endswith(PLAIN_ROWS):
             schedule.vectorize(schedule.split(last, [None, pad_lanes])[1])
     work = batch * height * width * channels * taps_h * taps_w * depth
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_MULTIPLY_ADDS)
