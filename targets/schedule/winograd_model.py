@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .machine import FMA_PER_CYCLE, Machine
+from .machine import FMA_LATENCY, FMA_PER_CYCLE, Machine
 
 # Vectors that a transform of one tile and one vector of channels loads, computes and stores,
 # as a multiple of the points of the tile: counted on the generated code of F(4x4).
@@ -69,11 +69,15 @@ def tile_rows(machine: Machine, form: Form, tiles: int) -> int:
 
 
 def _takes_rows(machine: Machine, form: Form, tiles: int, channels: int, depth: int) -> bool:
-    """Say whether threads share the output channels, and each keeps the data but no weights."""
+    """Say whether sums of one vector hide their latency, and threads share the output channels.
+
+    Each thread must keep the data in its cache, and the weights must be too large for that.
+    """
+    hidden = tiles >= FMA_LATENCY * FMA_PER_CYCLE
     shared = channels % (machine.lanes * machine.threads) == 0
     held = form.points * tiles * depth * 4 <= HELD_SHARE * machine.l2_bytes
     streamed = form.points * channels * depth * 4 > machine.l2_bytes
-    return shared and held and streamed
+    return hidden and shared and held and streamed
 
 
 def winograd_cycles(
@@ -94,7 +98,8 @@ def winograd_cycles(
     ``m x m`` it is ``(m + 2)^2 / m^2``, plus the transforms of each vector of input and output
     channels, and weights of ``(m + 2)^2 / 9`` the size that are streamed once. By rows weights are
     a third of ``m + 2`` times as large, a step has more loads than products (`tile_rows`), and each
-    thread transforms the whole input.
+    thread transforms the whole input. Where memory is slow, rows are faster than they are modelled
+    here (docs/performance.md): tuning may take them.
 
     Worked number: 14x14, 256 to 256 channels, 16 tiles of F(4x4), two threads of 16 lanes:
     ``36 x 16 x 65536 / 64 = 590 000`` cycles of products and ``36 x 65536 x 4 / 20 = 472 000`` of
@@ -127,12 +132,11 @@ def winograd_cycles(
         return size // math.gcd(size, machine.lanes)
 
     def cycles(form: Form, count: int, *, loads: float = 1.0, repeats: int = 1) -> float:
-        # Not the larger of the two: streaming is not hidden behind the products of a layer.
         products = count * form.points * rounded * steps / per_cycle * loads
         stream = form.weights * rounded * steps * 4 / machine.weight_bytes_per_cycle
         moved = vectors(depth) * repeats + vectors(channels) if form.tile else 0
         transforms = count * moved * form.points * TRANSFORM_STEPS
-        return products + stream + transforms / (FMA_PER_CYCLE * machine.threads)
+        return max(products, stream) + transforms / (FMA_PER_CYCLE * machine.threads)
 
     costs = {DIRECT: cycles(DIRECT, batch * height * width)}
     for m in tiles:

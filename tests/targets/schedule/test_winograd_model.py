@@ -25,15 +25,21 @@ def choose(machine: Machine, size: int, channels: int, *, batch: int = 1, rows: 
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "form", "points"),
-    [(56, 64, "4x4", "4x4"), (28, 128, "4x4", "4x4"), (14, 256, "4x4 rows", "2x2"),
-     (7, 512, "2x2 rows", "2x2")],
-)  # fmt: skip
+    ("size", "channels", "form"),
+    [(56, 64, "4x4"), (28, 128, "4x4"), (14, 256, "4x4"), (7, 512, "2x2")],
+)
 def test_form_is_the_one_measured_best_for_each_stage_of_resnet18(
-    size: int, channels: int, form: str, points: str
+    size: int, channels: int, form: str
 ) -> None:
     assert choose(AVX512, size, channels) == form
-    assert choose(AVX512, size, channels, rows=False) == points
+    assert choose(AVX512, size, channels, rows=False) == form
+
+
+def test_weights_by_rows_are_tried_first_where_points_wait_longest_for_memory() -> None:
+    asked: dict[str, tuple[str, ...]] = {}
+    slow = replace(AVX512, weight_bytes_per_cycle=8, asked=asked)
+    assert choose(slow, 14, 256) == "4x4 rows"
+    assert asked["winograd 1x14x14x256 to 256"][0] == "4x4 rows"
 
 
 def test_weights_are_points_when_a_batch_uses_them_often() -> None:
@@ -53,6 +59,12 @@ def test_weights_are_points_when_threads_cannot_share_the_channels() -> None:
     assert not offered(replace(AVX512, l2_bytes=512 << 10), 256)
     # Weights that stay in the cache are transformed once and for all.
     assert not offered(replace(AVX512, l2_bytes=16 << 20), 256)
+
+
+def test_weights_are_points_when_too_few_tiles_hide_the_latency_of_their_sums() -> None:
+    forms = winograd_cycles(AVX512, batch=1, height=7, width=7, channels=512, depth=512, rows=True)
+    assert Form(tile=2, rows=True) in forms
+    assert Form(tile=4, rows=True) not in forms
 
 
 def test_a_tile_by_rows_takes_all_sums_that_registers_hold() -> None:
