@@ -2,7 +2,7 @@
 
 Rewrites ``relax.nn.conv2d`` in NHWC/OHWI with constant weights: dense and grouped ones to weights
 ``[ceil(K / tk), R, S, C / G, tk]`` with zeros in the rounding, depthwise ones to ``[R, S, C]``,
-3x3 ones of stride 1 to Winograd's form where that is modelled faster. 16-bit floats are widened as
+3x3 ones of stride 1 and 2 to Winograd's forms where those are modelled faster. 16-bit floats are widened as
 they are read, data once for each task; see `half_conv2d` for machines that multiply them.
 Everything else keeps TVM's own legalization. Runs after the layout is NHWC and before fusion.
 Numerics: sums may be taken in another order.
@@ -22,6 +22,7 @@ from hone.targets.schedule.tile_model import choose_tile, chunk_of
 from hone.targets.schedule.weight_chunks import CHUNK, WHOLE
 from hone.targets.schedule.winograd_model import Form, tile_rows
 
+from . import strided_winograd
 from .anchors import (
     ANCHOR,
     DEPTHWISE,
@@ -320,6 +321,9 @@ def legalize_conv2d(
             transform = transform_of(form, dtype)
             if transform is not None:
                 return _winograd(machine, bb, data, values, window, form, transform)
+        if strided_winograd.applies(machine, window, channels=channels):
+            packed = pack_conv2d_weight(values, strided_winograd.pack_width(machine, channels))
+            return strided_winograd.lower_conv2d(bb, data, packed, window, channels=channels)
         tile = choose_tile(machine, **layer, chunks=True)
         pack = tile.vectors * machine.lanes
         data, channels_first = through_layout_change(bb, data)

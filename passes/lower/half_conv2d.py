@@ -22,6 +22,7 @@ from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.tile_model import choose_tile, chunk_of
 from hone.targets.schedule.weight_chunks import WHOLE
 
+from . import strided_winograd
 from .anchors import ANCHOR, through_layout_change
 from .conv2d import chunk_note, legalize_conv2d
 from .half import PAIR, Pairs, rounded_source, words
@@ -195,6 +196,11 @@ def legalize_half_conv2d(
     transform = None if compact else choose_transform(machine, window, **points)
     if transform is not None:
         return _winograd(machine, pairs, bb, data, values, window, transform)
+    if not compact and strided_winograd.applies(machine, window, channels=channels, pairs=True):
+        packed = strided_winograd.pack_pairs(values, strided_winograd.pack_width(machine, channels))
+        return strided_winograd.lower_conv2d(
+            bb, data, packed, window, channels=channels, pairs=pairs
+        )
     height, width = window.output
     data, channels_first = through_layout_change(bb, data)
     if window.dilation[1] > 1:

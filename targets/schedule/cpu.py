@@ -25,6 +25,7 @@ from .matrix import schedule_matrices
 from .resize import schedule_resize
 from .rows import schedule_columns, schedule_rows
 from .single_row import schedule_single_row
+from .strided_winograd import schedule_strided_winograd
 from .tiles import schedule_tiles
 from .weight_only import schedule_weight_only_dense
 from .window import schedule_window
@@ -73,6 +74,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("matrix_acc", "matrices"),
         ("wino_row_acc", "winograd_rows"),
         ("wino_acc", "winograd"),
+        ("swino_acc", "strided_winograd"),
         ("attn_acc", "attention"),
         ("resize_out", "resize"),
         ("row_total", "rows"),
@@ -99,6 +101,7 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "columns": schedule_columns,
         "winograd": schedule_winograd,
         "winograd_rows": schedule_winograd_rows,
+        "strided_winograd": schedule_strided_winograd,
         "single_row": schedule_single_row,
         "weight_only": schedule_weight_only_dense,
     }

@@ -36,7 +36,7 @@ RULES = {
         "rows",
         "columns",
     ),
-    *("bands", "resize", "generic"),
+    *("bands", "resize", "generic", "strided_winograd"),
 }
 
 
@@ -171,7 +171,12 @@ JOINED = {
         "1x1x16 of 8, 3x3",
     )
 }  # fmt: skip
-DECIDED = {**JOINED, **PROJECTED, "winograd 3x9x7x61 to 160": "4x4 rows"}
+DECIDED = {
+    **JOINED,
+    **PROJECTED,
+    "winograd 3x9x7x61 to 160": "4x4 rows",
+    "winograd stride 2 3x7x8x32 to 48": "phases",
+}
 NONE = np.array([], np.float32)
 POINT = {"taps": (1, 1), "pads": (0, 0, 0, 0)}
 CASES = [
@@ -206,6 +211,7 @@ CASES = [
     conv("Winograd", (3, 48, 13, 11), 37),
     conv("Winograd", (1, 128, 7, 7), 144),
     conv("Winograd, weights by rows", (3, 61, 9, 7), 160),
+    conv("Winograd of stride 2", (3, 32, 13, 15), 48, strides=[2, 2]),
     conv("weights requested ahead", (1, 509, 3, 5), 577, **POINT),
     *(one("dense", "MatMul", x, weights=((x[-1], k), )) for x, k in (
         ((1, 7), 3), ((1, 64), 10), ((5, 33), 17), ((2, 37, 19), 23), ((3, 701), 809))),
