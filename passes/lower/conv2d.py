@@ -2,9 +2,9 @@
 
 Rewrites ``relax.nn.conv2d`` in NHWC/OHWI with constant weights: dense and grouped ones to weights
 ``[ceil(K / tk), R, S, C / G, tk]`` with zeros in the rounding, depthwise ones to ``[R, S, C]``,
-3x3 ones of stride 1 and 2 to Winograd's forms where those are modelled faster. 16-bit floats are widened as
-they are read, data once for each task; see `half_conv2d` for machines that multiply them.
-Everything else keeps TVM's own legalization. Runs after the layout is NHWC and before fusion.
+3x3 ones of stride 1 and 2 to Winograd's forms where those are modelled faster. 16-bit floats are
+widened as they are read, data once for each task; see `half_conv2d` for machines that multiply
+them. Everything else keeps TVM's own legalization. Runs after the layout is NHWC and before fusion.
 Numerics: sums may be taken in another order.
 """
 
