@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 from .machine import (
     FMA_LATENCY,
     FMA_PER_CYCLE,
+    INPUT_BYTE_COST,
     L2_BYTES_PER_CYCLE,
     MOST_OPTIONS,
     RESERVED_REGISTERS,
     Machine,
     divisors,
+    prefetch_distance,
 )
 from .weight_chunks import WHOLE, cheapest_chunk, chunk_cycles
+
+# Share of a cycle that each load of a step takes beside the products, and loads that a request of a
+# weight ahead of its use counts for. For these numbers see docs/performance.md, "Register tiles".
+LOAD_CYCLES = 0.02
+REQUEST_LOADS = 4
+# Cycles until a sum takes its next product: the latency of one, and one for what comes late.
+SUM_CYCLES = FMA_LATENCY + 1
+# Sums that are finished while the next tile begins, and the cycles that each one beyond them takes:
+# an epilogue of 28 vectors is longer than what a core executes out of order. Not so in matrix
+# products (Winograd's too), of which 27 sums measured best where 18 are modelled as fast.
+HIDDEN_SUMS = 16
+EXPOSED_CYCLES = 4
+# A width that is no multiple of the tile costs a copy with extra columns.
+RAGGED = 1.03
+# Tiles that round the width to something else are offered to tuning where they are modelled this
+# close to the best one.
+CLOSE = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +65,41 @@ def most_sums(machine: Machine, vectors: int) -> int:
     return min(machine.accumulators, machine.accumulators + RESERVED_REGISTERS - vectors - 1)
 
 
-def _cycles(machine: Machine, tile: Tile, *, weight_vectors_from_l2: bool) -> float:
+def _tile_cycles(
+    machine: Machine,
+    tile: Tile,
+    *,
+    steps: int,
+    requests: bool,
+    image: bool,
+    in_chunks: bool = False,
+) -> float:
+    """Return the cycles of one register tile.
+
+    Parameters
+    ----------
+    machine : Machine
+        Registers, lanes and caches.
+    tile : Tile
+        Pixels and vectors.
+    steps : int
+        Products that each sum is made of.
+    requests : bool
+        Whether weights are requested ahead of their use.
+    image : bool
+        Whether it is a tile of an image, not of a matrix product.
+    in_chunks : bool
+        Whether its weights are read in chunks, which lie in L1.
+    """
     pixels = tile.rows * tile.columns
-    multiply_adds = pixels * tile.vectors
-    loads = pixels + tile.vectors
-    stream = tile.vectors * machine.lanes * 4 / L2_BYTES_PER_CYCLE if weight_vectors_from_l2 else 0
-    return max(multiply_adds / FMA_PER_CYCLE, loads / 2, FMA_LATENCY, stream) + 0.5
+    sums, loads = pixels * tile.vectors, pixels + tile.vectors
+    step_bytes = tile.vectors * machine.lanes * 4
+    from_l2 = not in_chunks and step_bytes * steps > machine.l1_bytes // 2
+    stream = step_bytes / L2_BYTES_PER_CYCLE if from_l2 else 0
+    beside = loads + (REQUEST_LOADS * tile.vectors if requests else 0)
+    busy = sums / FMA_PER_CYCLE + LOAD_CYCLES * beside
+    exposed = EXPOSED_CYCLES * max(sums - HIDDEN_SUMS, 0) if image else 0
+    return max(busy, loads / 2, SUM_CYCLES, stream) * steps + sums + exposed
 
 
 def choose_tile(
@@ -65,10 +114,15 @@ def choose_tile(
 ) -> Tile:
     """Choose the register tile with the least modelled cycles.
 
-    The cost of a tile is ``steps x max(fma / 2, loads / 2, latency, weight bytes / L2 rate)``,
-    where a step is one input channel of one tap; ``rows x columns x vectors`` accumulators must
-    fit the registers, and two weight tiles must share two thirds of L2, so that the next one can
-    arrive while one is in use.
+    A step of a tile, one input channel of one tap, takes ``max(fma / 2 + loads / 50, loads / 2,
+    latency, weight bytes / L2 rate)`` cycles; its end takes one for each sum, and of an image four
+    more for each beyond 16. ``rows x columns x vectors`` accumulators must fit the registers, and
+    two weight tiles must share two thirds of L2, so that the next one can arrive while one is in
+    use. Threads share the tiles, and wait for the one that has most.
+
+    Worked number: 8 pixels by 2 vectors take ``8 + 0.2`` cycles for 16 products, 0.513 each; 14 by
+    2 take ``14 + 0.32`` for 28, 0.511. Over 64 channels, their ends included, it is 0.528 and
+    0.554, over 1024 0.513 and 0.514.
 
     Parameters
     ----------
@@ -92,7 +146,8 @@ def choose_tile(
         ``columns`` need not divide ``width``: the caller rounds the width up.
     """
     shape = {"height": height, "width": width, "channels": channels, "depth": depth, "taps": taps}
-    return pick_tile(machine, ranked_tiles(machine.plain, **shape, chunks=chunks), **shape)
+    tiles = ranked_tiles(machine.plain, **shape, chunks=chunks)
+    return pick_tile(machine, tiles, **shape)
 
 
 def chunk_of(
@@ -161,7 +216,11 @@ def pick_tile(
 
 
 def ranked_tiles(machine: Machine, **shape: int) -> tuple[Tile, ...]:
-    """Return the best register tile of each number of vectors, best first; see `choose_tile`."""
+    """Return register tiles, best first; see `choose_tile`.
+
+    The best one of each number of vectors, and those close to the best of all whose columns round
+    the width to something else.
+    """
     return tuple(tile for _, tile in _ranked_tiles(machine, **shape))
 
 
@@ -182,42 +241,65 @@ def _ranked_tiles(
     chunks: bool = False,
 ) -> tuple[tuple[float, Tile], ...]:
     shape = {"height": height, "width": width, "channels": channels, "depth": depth, "taps": taps}
-    ranked: list[tuple[float, int, Tile]] = []
+    requests = _requests(machine, pixels=height * width, weights=channels * depth * taps)
+    best: dict[tuple[int, int], tuple[float, int, Tile]] = {}
     for vectors in range(1, 9):
-        tiles = -(-channels // (machine.lanes * vectors))
-        weight_bytes = vectors * machine.lanes * 4 * depth * taps
-        held = vectors == 1 or weight_bytes <= machine.l2_bytes // 3
+        lanes = machine.lanes * vectors
+        if vectors > 1 and lanes - machine.lanes >= channels:
+            continue
+        tiles = -(-channels // lanes)
+        held = vectors == 1 or lanes * 4 * depth * taps <= machine.l2_bytes // 3
         if not held and not chunks:
             continue
-        if vectors > 1 and machine.lanes * (vectors - 1) >= channels:
-            continue
-        best: tuple[float, int] | None = None
-        chosen = Tile(rows=1, columns=1, vectors=vectors)
-        from_l2 = weight_bytes > machine.l1_bytes // 2
-        for columns in range(1, min(width, machine.accumulators) + 1):
-            across = -(-width // columns)
-            for rows in divisors(height):
-                tile = Tile(rows=rows, columns=columns, vectors=vectors)
-                sums = rows * columns * vectors
-                if sums > most_sums(machine, vectors) or (rows > 1 and across > 1):
-                    continue
-                beside = _beside(machine, tile, **shape) if chunks else {WHOLE: 0.0}
-                chunk = cheapest_chunk(beside)
-                if not held and chunk == WHOLE:
-                    continue
-                far = from_l2 and chunk == WHOLE
-                cycles = _cycles(machine, tile, weight_vectors_from_l2=far)
-                steps = tiles * (height // rows) * across
-                # A width that is no multiple of the tile costs a patch with extra columns.
-                ragged = 1.0 if across * columns == width else 1.03
-                cost = steps * (cycles * depth * taps + sums) * ragged + tiles * beside[chunk]
-                if best is None or (cost, -sums) < best:
-                    best, chosen = (cost, -sums), tile
-        if best is not None:
-            ranked.append((*best, chosen))
-    ranked.sort(key=lambda row: row[:2])
-    found = tuple((cost, tile) for cost, _, tile in ranked)
-    return found or ((math.inf, Tile(rows=1, columns=1, vectors=1)),)
+        for rows, columns in _fitting(machine, height=height, width=width, vectors=vectors):
+            tile = Tile(rows=rows, columns=columns, vectors=vectors)
+            beside = _beside(machine, tile, **shape) if chunks else {WHOLE: 0.0}
+            chunk = cheapest_chunk(beside)
+            if not held and chunk == WHOLE:
+                continue
+            cycles = _tile_cycles(
+                machine,
+                tile,
+                steps=depth * taps,
+                requests=requests,
+                image=height > 1,
+                in_chunks=chunk != WHOLE,
+            )
+            passes = height // rows * -(-width // columns)
+            # Threads share the rows of a matrix product where its weights are the cheaper operand.
+            parts = (
+                passes if height == 1 and channels <= INPUT_BYTE_COST * width else tiles * passes
+            )
+            uneven = -(-parts // machine.threads) * machine.threads / parts
+            rounded = -(-width // columns) * columns
+            ragged = 1.0 if rounded == width else RAGGED
+            cost = uneven * tiles * (passes * cycles * ragged + beside[chunk])
+            key, found = (vectors, rounded), (cost, rows * columns * vectors, tile)
+            if key not in best or found[:2] < best[key][:2]:
+                best[key] = found
+    ranked = sorted(best.values(), key=lambda row: row[:2])
+    seen: set[int] = set()
+    kept = []
+    for cost, _, tile in ranked:
+        if tile.vectors not in seen or cost <= CLOSE * ranked[0][0]:
+            kept.append((cost, tile))
+        seen.add(tile.vectors)
+    return tuple(kept) or ((math.inf, Tile(rows=1, columns=1, vectors=1)),)
+
+
+def _requests(machine: Machine, *, pixels: int, weights: int) -> bool:
+    return prefetch_distance(machine, rows=pixels, weight_bytes=4 * weights) > 0
+
+
+def _fitting(
+    machine: Machine, *, height: int, width: int, vectors: int
+) -> Iterator[tuple[int, int]]:
+    """Yield rows and columns whose sums fit the registers; several rows only of whole ones."""
+    most = most_sums(machine, vectors) // vectors
+    for columns in range(1, min(width, most) + 1):
+        for rows in divisors(height):
+            if rows * columns <= most and (rows == 1 or columns == width):
+                yield rows, columns
 
 
 def choose_pixels(
@@ -228,7 +310,13 @@ def choose_pixels(
     Both divide the (rounded) output image. See `choose_tile` for the model.
     """
     ranked = _ranked_pixels(
-        machine.plain, height=height, width=width, depth=depth, taps=taps, vectors=vectors
+        machine.plain,
+        height=height,
+        width=width,
+        channels=channels,
+        depth=depth,
+        taps=taps,
+        vectors=vectors,
     )
     return machine.pick(
         "pixels", {f"{rows}x{columns}": (rows, columns) for rows, columns in ranked}
@@ -237,16 +325,18 @@ def choose_pixels(
 
 @cache
 def _ranked_pixels(
-    machine: Machine, *, height: int, width: int, depth: int, taps: int, vectors: int
+    machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int, vectors: int
 ) -> tuple[tuple[int, int], ...]:
-    ranked: list[tuple[float, int, int]] = []
-    for columns in divisors(width):
-        for rows in divisors(height):
-            sums = rows * columns * vectors
-            if sums > most_sums(machine, vectors) or (rows > 1 and columns < width):
-                continue
-            tile = Tile(rows=rows, columns=columns, vectors=vectors)
-            cycles = _cycles(machine, tile, weight_vectors_from_l2=False)
-            cost = (height // rows) * (width // columns) * (cycles * depth * taps + sums)
-            ranked.append((cost, columns, rows))
-    return tuple((rows, columns) for _, columns, rows in sorted(ranked)[:MOST_OPTIONS]) or ((1, 1),)
+    requests = _requests(machine, pixels=height * width, weights=channels * depth * taps)
+    ranked: list[tuple[float, int, int, int]] = []
+    for rows, columns in _fitting(machine, height=height, width=width, vectors=vectors):
+        if width % columns:
+            continue
+        tile = Tile(rows=rows, columns=columns, vectors=vectors)
+        cycles = _tile_cycles(
+            machine, tile, steps=depth * taps, requests=requests, image=height > 1
+        )
+        cost = (height // rows) * (width // columns) * cycles
+        ranked.append((cost, rows * columns, columns, rows))
+    best = sorted(ranked)[:MOST_OPTIONS]
+    return tuple((rows, columns) for _, _, columns, rows in best) or ((1, 1),)
