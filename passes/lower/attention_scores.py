@@ -152,7 +152,9 @@ def _read(graph: Dataflow, expr: relax.Expr) -> Scores | None:
     if found is None or not found.is_product:
         return None
     if found.cap is not None:
-        return replace(found, cap=found.cap * scaled[1])
+        cap = found.cap * scaled[1]
+        # The operator's 0 is no cap at all.
+        return replace(found, cap=cap) if cap != 0 else None
     return replace(found, scale=found.scale * scaled[1])
 
 
@@ -174,6 +176,9 @@ def _covered(graph: Dataflow, call: relax.Call) -> Scores | None:
         if found is None or found.cover is not None or fill is None:
             continue
         if fill.size != np.count_nonzero(fill == fill.flat[0]) or not _fits(condition, call):
+            return None
+        if fill.flat[0] == np.inf:
+            # What the kernel takes for a score that stays.
             return None
         if found.causal is not None and fill.flat[0] != -np.inf:
             return None

@@ -90,6 +90,18 @@ class _View:
         order = tuple(range(memory.ndim))
         return cls(base=expr, memory=memory, array=memory, near=expr, order=order)
 
+    @property
+    def groups(self) -> int:
+        """How many heads the view has; 0 where what is repeated did not stay the heads."""
+        if self.repeated and self.order[:2] != (0, 1):
+            return 0
+        return self.array.shape[1] if self.repeated or self.array.ndim == 4 else 1
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the expression is the view, or the permutation, times another number than 1."""
+        return self.factor != 1 or self.rest != 1
+
     def stepped(self, expr: relax.Expr, array: np.ndarray) -> _View:
         """Return the view of an expression of other axes."""
         return replace(self, array=array, near=expr, order=tuple(range(array.ndim)), rest=1.0)
@@ -259,10 +271,11 @@ def _emit(graph: Dataflow, builder: Rebuilder, match: _Match, name: str) -> rela
     of_query, of_key, of_value = (_view(graph, expr) for expr in (left, right, match.value))
     if of_query.repeated or of_query.order[0] != 0:
         of_query = _View.whole(left)
-    if of_key.repeated != of_value.repeated or of_key.order[0] != 0:
+    if not of_key.groups == of_value.groups > 0 or (of_value.repeated and of_value.is_scaled):
         of_key, of_value = _View.whole(right), _View.whole(match.value)
-    if of_value.factor != 1 or of_value.order[0] != 0:
-        of_key = _View.whole(right) if of_value.repeated else of_key
+    if of_key.order[0] != 0:
+        of_key = _View.whole(right)
+    if of_value.is_scaled or of_value.order[0] != 0:
         of_value = _View.whole(match.value)
     query, by_query = _rows_of_heads(builder, of_query, rows_first, f"{name}_query")
     key, by_key = _rows_of_heads(builder, of_key, (0, 3, 1, 2), f"{name}_key")

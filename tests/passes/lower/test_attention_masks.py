@@ -339,10 +339,12 @@ def rejected(masks: Masks, *extra: np.ndarray) -> Case:
             np.ones((9, 13), bool),
         ),
         rejected(lambda s, _m, e: capped(capped(s, e), e)),
+        rejected(lambda s, _m, e: op.multiply(e(op.tanh(s)), scalar(0))),
+        rejected(lambda s, _m, _e: op.where(constant(TRI), s, scalar(np.inf))),
     ],
     ids=[
         *("many fills", "other scores", "rows hidden", "no scores", "scaled later", "two covers"),
-        *("hidden keys filled later", "capped twice"),
+        *("hidden keys filled later", "capped twice", "capped to 0", "keys raised"),
     ],
 )
 def test_other_masks_stay_as_they_are(case: Case) -> None:
