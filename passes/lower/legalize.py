@@ -30,6 +30,7 @@ from .grid_sample import legalize_grid_sample
 from .half import is_half, legalize_astype
 from .half_conv2d import legalize_half_conv2d
 from .half_dense import legalize_half_matmul
+from .half_models import legalize_half_model
 from .normalize import legalize_group_norm, legalize_layer_norm, legalize_softmax
 from .pool2d import legalize_avg_pool2d, legalize_max_pool2d
 from .powers import legalize_power
@@ -53,8 +54,16 @@ Rule = Callable[[relax.BlockBuilder, relax.Call], relax.Expr]
 
 
 def _by_weight(*, single: Rule, half: Rule) -> Rule:
-    """Return the rule that fits the type of a layer's second operand."""
-    return lambda bb, call: (half if is_half(call.args[1]) else single)(bb, call)
+    """Return the rule that fits the types of a layer's second operand and of its result."""
+
+    def rule(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+        if not is_half(call.args[1]):
+            return single(bb, call)
+        if str(call.ty.dtype) == str(call.args[1].ty.dtype):
+            return legalize_half_model(single, half, bb, call)
+        return half(bb, call)
+
+    return rule
 
 
 def _by_origin(*, constant: Rule, computed: Rule) -> Rule:
