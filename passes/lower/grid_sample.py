@@ -3,7 +3,8 @@
 Rewrites ``relax.image.grid_sample`` of NCHW float32 images, bilinear, with zeros or the border
 outside; others keep TVM's lowering. A first kernel writes the four neighbours of each point and
 their weights, a second one reads them for each channel. Runs before fusion. Numerics: sums may be
-taken in another order; a neighbour outside counts as 0 whatever the image holds.
+taken in another order; a neighbour outside counts as 0 whatever the image holds, and so does one
+at a coordinate that is infinite or no number. With the border, no number is the first pixel.
 """
 
 from __future__ import annotations
@@ -25,23 +26,30 @@ def _points(
 ) -> list[te.Tensor]:
     """Return positions in an image, int32, and weights of the neighbours, ``[N, 4, H', W']``."""
     batch, _, *size = grid.shape
-    half, one = tirx.const(0.5, "float32"), tirx.const(1.0, "float32")
+    zero, half, one = (tirx.const(value, "float32") for value in (0.0, 0.5, 1.0))
 
     def coordinate(axis: int, extent: int, at: tuple[tirx.Expr, ...]) -> tirx.Expr:
         n, h, w = at
         turn = (grid[n, axis, h, w] + one) * half
         last = tirx.const(extent - 1, "float32")
         value = turn * last if align else turn * tirx.const(extent, "float32") - half
-        return tirx.max(tirx.min(value, last), 0.0) if border else value
+        if not border:
+            return value
+        # No number is not greater than 0.
+        return tirx.Select(value > zero, tirx.min(value, last), zero)
 
     def neighbour(axis: int, extent: int, step: tirx.Expr, at: tuple[tirx.Expr, ...]) -> tirx.Expr:
-        # Of what lies far outside, an index that does as well.
+        # Of what lies far outside, or is no number, an index that does as well.
         floor = tirx.floor(coordinate(axis, extent, at))
-        return tirx.max(tirx.min(floor, extent), -2.0).astype("int32") + step
+        least = tirx.const(-2.0, "float32")
+        floor = tirx.Select(floor > least, tirx.min(floor, extent), least)
+        return floor.astype("int32") + step
 
     def share(axis: int, extent: int, step: tirx.Expr, at: tuple[tirx.Expr, ...]) -> tirx.Expr:
         value = coordinate(axis, extent, at)
         part = value - tirx.floor(value)
+        # Of what is infinite or no number, the difference is no number.
+        part = tirx.Select(part >= zero, part, zero)
         return tirx.Select(step > 0, part, one - part)
 
     def position(n: tirx.Expr, k: tirx.Expr, h: tirx.Expr, w: tirx.Expr) -> tirx.Expr:

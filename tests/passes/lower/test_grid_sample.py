@@ -76,6 +76,22 @@ def test_what_lies_outside_counts_nothing_whatever_the_image_holds(
     np.testing.assert_array_equal(actual, np.zeros((1, 2, 2, 5)))
 
 
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_coordinates_that_are_no_finite_numbers(
+    padding: str, run_op: Callable[..., tuple[np.ndarray, list[str]]], rng: np.random.Generator
+) -> None:
+    image = rng.standard_normal((1, 2, 5, 7)).astype("float32")
+    x = [np.nan, 0, np.inf, -np.inf, 0, 0, 1e30, np.inf]
+    y = [0, np.nan, 0, 0, np.inf, -np.inf, 0, np.inf]
+    grid = np.array([x, y], np.float32).reshape(1, 2, 1, 8)
+    actual, _ = run_op(
+        lambda x, g: relax.op.image.grid_sample(x, g, padding_mode=padding), image, grid
+    )
+    columns, rows = [0, 3, 6, 0, 3, 3, 6, 6], [2, 0, 2, 2, 4, 0, 2, 4]
+    exact = image[0][:, rows, columns] if padding == "border" else np.zeros((2, 8))
+    np.testing.assert_allclose(actual.reshape(2, 8), exact, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["nearest", "bicubic"])
 def test_other_methods_keep_their_lowering(
     method: str, run_op: Callable[..., tuple[np.ndarray, list[str]]], rng: np.random.Generator
