@@ -123,7 +123,7 @@ def schedule_projection(schedule: s_tir.Schedule, machine: Machine, blocks: list
     if depth <= UNROLLED_DEPTH:
         schedule.unroll(c)
     start_sums(schedule, product, r, outer_loops=5)
-    start_sums(schedule, window, taps, outer_loops=5)
+    start_sums(schedule, window, taps, outer_loops=6)
     finish_output(schedule, output, outer_loops=5, lanes=machine.lanes)
 
 

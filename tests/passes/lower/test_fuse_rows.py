@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import tvm
-from tvm import relax
+from tvm import relax, tirx
+from tvm_ffi import structural_walk
 
 from hone import pipeline
 from hone.passes.lower.fuse_operators import kernel_layers
 from hone.passes.lower.fuse_rows import FuseRows
 from hone.targets.schedule.bands import Chain, joins
+from hone.targets.schedule.cpu import ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.projection import projects
 from hone.targets.target import resolve
@@ -194,7 +196,7 @@ def test_tuning_is_offered_the_other_choice() -> None:
 # --- a depthwise convolution and the 1x1 one behind it ----------------------------------------
 
 
-def projection(*, channels: int = 32, reuse: bool = False) -> tvm.IRModule:
+def projection(*, channels: int = 32, width: int = 14, reuse: bool = False) -> tvm.IRModule:
     """Return groups of a 3x3 depthwise convolution of 16 channels and a 1x1 one behind it."""
     rng = np.random.default_rng(0)
 
@@ -202,7 +204,7 @@ def projection(*, channels: int = 32, reuse: bool = False) -> tvm.IRModule:
         return relax.const(rng.standard_normal(shape).astype("float32"))
 
     builder, op = relax.BlockBuilder(), relax.op
-    x = relax.Var("x", relax.TensorType((1, 16, 6, 14), "float32"))
+    x = relax.Var("x", relax.TensorType((1, 16, 6, width), "float32"))
     with builder.function("main", [x]):
         with builder.dataflow():
             # Not 1x1, which would be joined with the depthwise one itself.
@@ -248,6 +250,27 @@ def test_a_depthwise_group_and_a_projection_become_one() -> None:
         builder.emit_func_output(output)
     joined = after["fused_depthwise_conv2d_relu_conv2d_relu1"]
     tvm.ir.assert_structural_equal(joined, builder.get()["joined"])
+
+
+@pytest.mark.parametrize("width", [14, 182])
+def test_the_code_of_a_joined_kernel_does_not_grow_with_the_width(width: int) -> None:
+    machine = replace(MACHINE, decided=((f"rows 6x{width}x16 to 32", "joined"),))
+    names = [stage.name for stage in pipeline.lower_stages_of(machine)]
+    module = FuseRows(machine)(projection(width=width))
+    for stage in pipeline.lower_stages_of(machine)[names.index("fuse") :]:
+        module = stage.run(module)
+    scheduled = ScheduleModule(machine)(module)
+    unrolled: list[int] = []
+
+    def note(loop: tirx.For) -> None:
+        if loop.kind == tirx.ForKind.UNROLLED:
+            unrolled.append(int(loop.extent))
+
+    (joined,) = (v for v in scheduled.functions if "depthwise" in v.name_hint)
+    structural_walk(scheduled[joined].body, ((tirx.For, note),))
+    # Pixels and vectors of a register tile, taps and channels of a step; never a row of tiles.
+    assert max(unrolled) <= 16
+    assert 13 not in unrolled
 
 
 @pytest.mark.parametrize(
