@@ -10,7 +10,6 @@ from functools import cache
 from .machine import (
     FMA_LATENCY,
     FMA_PER_CYCLE,
-    INPUT_BYTE_COST,
     L2_BYTES_PER_CYCLE,
     MOST_OPTIONS,
     RESERVED_REGISTERS,
@@ -266,10 +265,7 @@ def _ranked_tiles(
                 in_chunks=chunk != WHOLE,
             )
             passes = height // rows * -(-width // columns)
-            # Threads share the rows of a matrix product where its weights are the cheaper operand.
-            parts = (
-                passes if height == 1 and channels <= INPUT_BYTE_COST * width else tiles * passes
-            )
+            parts = tiles * passes
             uneven = -(-parts // machine.threads) * machine.threads / parts
             rounded = -(-width // columns) * columns
             ragged = 1.0 if rounded == width else RAGGED
@@ -303,11 +299,20 @@ def _fitting(
 
 
 def choose_pixels(
-    machine: Machine, *, height: int, width: int, channels: int, depth: int, taps: int, vectors: int
+    machine: Machine,
+    *,
+    height: int,
+    width: int,
+    channels: int,
+    depth: int,
+    taps: int,
+    vectors: int,
+    point: str = "pixels",
 ) -> tuple[int, int]:
     """Choose ``(rows, columns)`` for weights that are packed in tiles of ``vectors`` already.
 
-    Both divide the (rounded) output image. See `choose_tile` for the model.
+    Both divide the (rounded) output image. See `choose_tile` for the model. A kernel that asks for
+    several images gives each ``point`` a name of its own.
     """
     ranked = _ranked_pixels(
         machine.plain,
@@ -318,9 +323,7 @@ def choose_pixels(
         taps=taps,
         vectors=vectors,
     )
-    return machine.pick(
-        "pixels", {f"{rows}x{columns}": (rows, columns) for rows, columns in ranked}
-    )
+    return machine.pick(point, {f"{rows}x{columns}": (rows, columns) for rows, columns in ranked})
 
 
 @cache
