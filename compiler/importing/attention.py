@@ -1,8 +1,9 @@
 """Converts ONNX's Attention to the products and the softmax that it is made of.
 
 What is known at compile time of the keys that a row sees (causality, windows, constant masks) is
-one constant; keys are hidden by `where`, so that what they hold does not matter. A row that sees no
-key is zero, as ONNX says. `hone.passes.lower.fuse_attention` makes one kernel of the whole.
+one constant; keys are hidden by `where`, so that what they hold does not matter; a value that is no
+finite number still spreads, being multiplied with 0. A row that sees no key is zero, as ONNX says.
+`hone.passes.lower.fuse_attention` makes one kernel of the whole.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def attention(call: Call) -> Any:
         scores = op.matmul(op.multiply(query, root), op.multiply(turned, root))
     steps = [call.bb.emit(scores)]
     cap = call.attributes.get("softcap", 0.0)
-    if cap:
+    if cap > 0:
         scores = op.multiply(op.tanh(op.divide(steps[-1], const(cap, dtype))), const(cap, dtype))
         steps.append(call.bb.emit(scores))
     capped = steps[-1]
@@ -161,15 +162,24 @@ def _hidden(call: Call, batch: int, rows: int, keys: int) -> _Hidden:
 
 
 def _mask(call: Call, keys: int) -> tuple[Any, np.ndarray | None]:
-    """Return the mask with one element for each key, those that it lacks hidden; and its value."""
+    """Return the mask with one element for each key, those that it lacks hidden; and its value.
+
+    Numbers are in the type of the scores, to which they are added.
+    """
     shape, value, dtype = call.shape(3), call.value(3), call.dtype(3)
+    cast = dtype not in ("bool", call.dtype())
+    dtype = call.dtype() if cast else dtype
     hides = False if dtype == "bool" else -np.inf
     missing = keys - shape[-1]
     if value is not None:
+        with np.errstate(over="ignore"):
+            value = value.astype(dtype)
         ends = [(0, 0)] * (len(shape) - 1) + [(0, missing)]
         value = np.pad(value, ends, constant_values=np.asarray(hides).astype(value.dtype))
         return const(value, dtype), value
     mask = call.inputs[3]
+    if cast:
+        mask = call.bb.emit(op.astype(mask, dtype))
     if missing:
         rest = const(np.full((*shape[:-1], missing), hides), dtype)
         mask = call.bb.emit(op.concat([mask, rest], axis=-1))

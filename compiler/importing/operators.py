@@ -174,7 +174,7 @@ def _attention(node: NodeView) -> str | None:
     """Refuse heads and inputs that do not fit: onnx's shape inference does not look at them."""
     if _dtype(node, 2) != _dtype(node):
         return f"values are {_dtype(node, 2)}, but queries {_dtype(node)}; they must be alike"
-    cached = [len(node.inputs) > i and node.inputs[i] is not None for i in (4, 5, 6)]
+    cached = [_given(node, i) for i in (4, 5, 6)]
     if cached[0] != cached[1] or (cached[0] and cached[2]):
         return "past_key and past_value come together, and without nonpad_kv_seqlen"
     heads = [_shape(node, index)[1] for index in range(2)]
@@ -186,6 +186,52 @@ def _attention(node: NodeView) -> str | None:
                 return f"{width} channels are not {count} heads of one size"
     if heads[0] % heads[1]:
         return f"{heads[0]} heads of queries cannot share {heads[1]} of keys"
+    query, key, value = (_shape_of_heads(node, i, heads[min(i, 1)]) for i in range(3))
+    if key != [query[0], heads[1], key[2], query[3]] or value[:3] != key[:3]:
+        return (
+            f"queries {query}, keys {key} and values {value} ([batch, heads, rows, depth]) do not "
+            "fit: the batch of all three, heads and rows of keys and values, and depths of queries "
+            "and keys must be alike"
+        )
+    keys = key[2]
+    if cached[0]:
+        past, others = list(_shape(node, 4)), list(_shape(node, 5))
+        if len(past) != 4 or [*past[:2], past[3]] != [*key[:2], key[3]]:
+            return f"past_key must be [{key[0]}, {key[1]}, any, {key[3]}], not {past}"
+        if others != [*past[:3], value[3]]:
+            return f"past_value must be {[*past[:3], value[3]]}, not {others}"
+        keys += past[2]
+    return _attention_mask(node, [*query[:3], keys]) or _attention_output(node)
+
+
+def _shape_of_heads(node: NodeView, index: int, heads: int) -> list[int]:
+    """Return ``[batch, heads, rows, depth]`` of an operand of three or four axes."""
+    shape = list(_shape(node, index))
+    if len(shape) == 4:
+        return shape
+    return [shape[0], heads, shape[1], shape[2] // heads]
+
+
+def _attention_mask(node: NodeView, scores: list[int]) -> str | None:
+    if not _given(node, 3):
+        return None
+    mask = list(_shape(node, 3))
+    padded = [1] * (4 - len(mask)) + mask
+    fits = len(padded) == 4 and mask and mask[-1] <= scores[-1]
+    pairs = zip(padded[:3], scores, strict=False)
+    if not fits or any(own not in (1, whole) for own, whole in pairs):
+        return (
+            f"a mask {mask} does not fit scores {scores}: its last axis is at most the keys, the "
+            "others broadcast"
+        )
+    return None
+
+
+def _given(node: NodeView, index: int) -> bool:
+    return len(node.inputs) > index and node.inputs[index] is not None
+
+
+def _attention_output(node: NodeView) -> str | None:
     if node.attributes.get("qk_matmul_output_mode", 0) not in (0, 1, 2, 3):
         return "qk_matmul_output_mode must be 0, 1, 2 or 3"
     return None

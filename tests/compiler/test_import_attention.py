@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
@@ -89,9 +89,64 @@ def test_attention_is_one_kernel_and_equals_the_reference(
     np.testing.assert_allclose(actual, exact, rtol=1e-4, atol=2e-5)
 
 
+FOUR = [floats(2, 3, 9, 16), floats(2, 3, 13, 16), floats(2, 3, 13, 8)]
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["given", "constant"])
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int64", "uint8"])
+def test_masks_of_other_types_are_added(dtype: str, known: bool) -> None:
+    mask = np.random.default_rng(3).integers(0, 3, (9, 11)).astype(dtype)
+    proto = model(*FOUR, mask)
+    wide = np.concatenate([mask, np.full((9, 2), -np.inf)], 1)
+    scores = FOUR[0].astype("float64") @ FOUR[1].swapaxes(2, 3) / 4 + wide
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    exact = powers / powers.sum(-1, keepdims=True) @ FOUR[2]
+    feeds = dict(zip(NAMES, [*FOUR, mask], strict=False))
+    if known:
+        del proto.graph.input[3]
+        proto.graph.initializer.append(numpy_helper.from_array(feeds.pop("mask"), "mask"))
+    np.testing.assert_allclose(run(proto, feeds), exact, rtol=1e-4, atol=2e-5)
+
+
+def test_a_cap_below_0_is_none() -> None:
+    feeds = dict(zip(NAMES, FOUR, strict=False))
+    capped = run(model(*FOUR, softcap=-2.0), feeds)
+    np.testing.assert_array_equal(capped, run(model(*FOUR), feeds))
+
+
+def run(proto: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    imported = hone.load(proto)
+    target = resolve("host")
+    lowered = pipeline.lower(imported.module, target, threads=2)
+    scheduled = pipeline.schedule(lowered, target, threads=2)
+    executable = pipeline.build_executable(scheduled.module, target, threads=2)
+    virtual = relax.VirtualMachine(executable, tvm.cpu())
+    given = [tvm.runtime.tensor(feeds[spec.name]) for spec in imported.signature.inputs]
+    return virtual["main"](*given).numpy()
+
+
 @pytest.mark.parametrize(
     ("arrays", "attributes", "message"),
     [
+        (
+            [*FOUR[:2], floats(2, 1, 13, 8)],
+            {},
+            "values [2, 1, 13, 8] ([batch, heads, rows, depth])",
+        ),
+        ([*FOUR[:2], floats(2, 3, 12, 8)], {}, "keys [2, 3, 13, 16] and values [2, 3, 12, 8]"),
+        ([FOUR[0], floats(2, 3, 13, 8), FOUR[2]], {}, "depths of queries and keys must be alike"),
+        ([*FOUR, floats(9, 15)], {}, "a mask [9, 15] does not fit scores [2, 3, 9, 13]"),
+        ([*FOUR, floats(2, 9, 13)], {}, "a mask [2, 9, 13] does not fit scores"),
+        (
+            [*FOUR, None, floats(2, 2, 4, 16), floats(2, 3, 4, 8)],
+            {},
+            "past_key must be [2, 3, any, 16], not [2, 2, 4, 16]",
+        ),
+        (
+            [*FOUR, None, floats(2, 3, 4, 16), floats(2, 3, 5, 8)],
+            {},
+            "past_value must be [2, 3, 4, 8], not [2, 3, 5, 8]",
+        ),
         (flat(), {"q_num_heads": 6, "kv_num_heads": 5}, "32 channels are not 5 heads of one size"),
         (
             flat(),
