@@ -25,6 +25,7 @@ class _Hash(Protocol):
 def of_module(module: tvm.IRModule) -> str:
     """Return the sha256, in hex, of ``main``: names, types, operators, attributes, every weight.
 
+    The attributes of ``main`` itself count: passes leave notes there that kernels depend on.
     Equal for two modules that were built apart from the same file. Not TVM's structural hash,
     which has 64 bits and leaves out the names of variables.
 
@@ -35,6 +36,8 @@ def of_module(module: tvm.IRModule) -> str:
     """
     function = module["main"]
     digest = hashlib.sha256()
+    for name, value in sorted((function.attrs or {}).items()):
+        _text(digest, "attribute", str(name), type(value).__name__, str(value))
     for param in function.params:
         _text(digest, "param", str(param.name), str(param.ty))
     for binding in Dataflow(function).bindings:
