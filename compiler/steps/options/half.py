@@ -28,8 +28,9 @@ class Bf16Step(HalfOptions):
     kind: Literal["bf16"]
     winograd: Literal["2x2", "4x4"] = Field(
         default="2x2",
-        description="largest output tile of Winograd's form of 3x3 layers: 4x4 takes fewer "
-        "products, and rounding costs more accuracy",
+        description="largest output tile of Winograd's form of 3x3 layers where the processor "
+        "multiplies bfloat16: 4x4 takes fewer products, and rounding costs more accuracy; "
+        "elsewhere products are of float32 and take either",
     )
 
 
