@@ -313,15 +313,18 @@ def legalize_conv2d(
             "depth": depth,
             "taps": taps_h * taps_w,
         }
-        if not compact:
-            dtype = str(weight.ty.dtype)
+        dtype = str(weight.ty.dtype)
+        # An infinite weight or NaN would spread to outputs that do not read it.
+        finite = bool(np.isfinite(values).all())
+        if finite and not compact:
             form = choose_form(
                 machine, window, channels=channels, dtype=dtype, rows=dtype == "float32"
             )
             transform = transform_of(form, dtype)
             if transform is not None:
                 return _winograd(machine, bb, data, values, window, form, transform)
-        if strided_winograd.applies(machine, window, channels=channels):
+        by_phases = finite and dtype == "float32"
+        if by_phases and strided_winograd.applies(machine, window, channels=channels):
             packed = pack_conv2d_weight(values, strided_winograd.pack_width(machine, channels))
             return strided_winograd.lower_conv2d(bb, data, packed, window, channels=channels)
         tile = choose_tile(machine, **layer, chunks=True)

@@ -22,7 +22,6 @@ from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.tile_model import choose_tile, chunk_of
 from hone.targets.schedule.weight_chunks import WHOLE
 
-from . import strided_winograd
 from .anchors import ANCHOR, through_layout_change
 from .conv2d import chunk_note, legalize_conv2d
 from .half import PAIR, Pairs, rounded_source, words
@@ -189,18 +188,15 @@ def legalize_half_conv2d(
         "dtype": pairs.dtype,
         "large_tiles": large_tiles,
     }
-    cycles = math.inf if compact else winograd_cycles_of(machine, window, **points)
+    # An infinite weight or NaN would spread to outputs that do not read it.
+    by_points = not compact and np.isfinite(values).all()
+    cycles = winograd_cycles_of(machine, window, **points) if by_points else math.inf
     tiles = lower_conv2d(machine, pairs, bb, data, values, window, winograd_cycles=cycles)
     if tiles is not None:
         return tiles
-    transform = None if compact else choose_transform(machine, window, **points)
+    transform = choose_transform(machine, window, **points) if by_points else None
     if transform is not None:
         return _winograd(machine, pairs, bb, data, values, window, transform)
-    if not compact and strided_winograd.applies(machine, window, channels=channels, pairs=True):
-        packed = strided_winograd.pack_pairs(values, strided_winograd.pack_width(machine, channels))
-        return strided_winograd.lower_conv2d(
-            bb, data, packed, window, channels=channels, pairs=pairs
-        )
     height, width = window.output
     data, channels_first = through_layout_change(bb, data)
     if window.dilation[1] > 1:

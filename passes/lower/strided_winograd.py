@@ -9,10 +9,14 @@ odd phase two::
 
 so that each output has a sum of two products of its own (`FIRST`, `SECOND`) and both share one
 (`SHARED`). In two dimensions nine sums of 25 products make four outputs that take 36 direct.
-Weights are packed as they are and added where they are read, so that they do not grow; pairs of
-16-bit floats are added here, in float64, and take 16 for 9. A last row or column without a partner
-leaves out what only its partner needs. Numerics: differences of two inputs and sums of two weights
-in each dimension, nothing is scaled.
+Weights are packed as they are and added where they are read, so that they do not grow. A last row
+or column without a partner leaves out what only its partner needs.
+
+Numerics: differences of two inputs and sums of two weights in each dimension, nothing is scaled.
+Where an input is infinite the outputs of its tile may be NaN (``inf - inf``), where a direct sum
+has infinities or does not read it; differences of inputs and sums of weights overflow from a
+quarter of the largest number on. Layers of 16-bit weights, or of weights that are not all finite,
+stay direct.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from hone.targets.schedule.strided_winograd_model import (
 )
 
 from .anchors import ANCHOR
-from .half import PAIR, Pairs, widen, words
+from .half import widen
 from .window import Window
 from .winograd_transforms import select_row
 
@@ -49,7 +53,7 @@ class Part:
     point : int
         The first transformed sample that it reads.
     weight : int
-        The first tap, of taps followed by ``w0 + w2``.
+        The first tap; of the shared sum the taps are ``w0 + w2``.
     taps : int
         How many of both.
     """
@@ -62,13 +66,11 @@ class Part:
 
 FIRST = Part(name="first", point=0, weight=0, taps=2)
 SECOND = Part(name="second", point=2, weight=1, taps=2)
-SHARED = Part(name="shared", point=4, weight=3, taps=1)
+SHARED = Part(name="shared", point=4, weight=0, taps=1)
 PARTS = (FIRST, SECOND, SHARED)
-# Rows of the transform of weights: the taps, then the sum of the outer ones.
-WEIGHT_ROWS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1]], "float64")
 
 
-def applies(machine: Machine, window: Window, *, channels: int, pairs: bool = False) -> bool:
+def applies(machine: Machine, window: Window, *, channels: int) -> bool:
     """Say whether a convolution without groups goes by its two phases.
 
     Parameters
@@ -79,39 +81,19 @@ def applies(machine: Machine, window: Window, *, channels: int, pairs: bool = Fa
         Geometry.
     channels : int
         Output channels.
-    pairs : bool
-        Products are sums of pairs of 16-bit floats.
     """
     if window.taps != (3, 3) or window.strides != (2, 2) or window.dilation != (1, 1):
         return False
     batch, _, _, depth = window.shape
     height, width = window.output
     return choose_strided_winograd(
-        machine,
-        batch=batch,
-        height=height,
-        width=width,
-        channels=channels,
-        depth=depth,
-        group=PAIR if pairs else 1,
+        machine, batch=batch, height=height, width=width, channels=channels, depth=depth
     )
 
 
 def pack_width(machine: Machine, channels: int) -> int:
     """Return the output channels of a tile of packed weights."""
     return packed_vectors(machine, channels) * machine.lanes
-
-
-def pack_pairs(weight: np.ndarray, tile: int) -> np.ndarray:
-    """Add up and pack ``[K, 3, 3, C]`` 16-bit floats to int32 ``[K / tile, 4, 4, C / 2, tile]``.
-
-    Rows and columns are the taps and the sum of the outer ones; a word holds two neighbouring
-    input channels.
-    """
-    channels, _, _, depth = weight.shape
-    sums = np.einsum("xr,krsc,ys->kxyc", WEIGHT_ROWS, weight.astype("float64"), WEIGHT_ROWS)
-    blocked = sums.astype(weight.dtype).reshape(channels // tile, tile, 4, 4, depth // PAIR, PAIR)
-    return words(np.ascontiguousarray(blocked.transpose(0, 2, 3, 4, 1, 5)))
 
 
 def _transformed(row: tirx.Expr, samples: list[tirx.Expr]) -> tirx.Expr:
@@ -121,12 +103,7 @@ def _transformed(row: tirx.Expr, samples: list[tirx.Expr]) -> tirx.Expr:
 
 
 def strided_winograd_conv2d(
-    data: te.Tensor,
-    weight: te.Tensor,
-    window: Window,
-    *,
-    channels: int,
-    pairs: Pairs | None = None,
+    data: te.Tensor, weight: te.Tensor, window: Window, *, channels: int
 ) -> te.Tensor:
     """Return the 3x3 convolution of stride 2 of NHWC data.
 
@@ -135,19 +112,16 @@ def strided_winograd_conv2d(
     data : Tensor
         ``[N, H, W, C]``; 16-bit floats are widened.
     weight : Tensor
-        ``[K / tk, 3, 3, C, tk]``; with pairs int32 ``[K / tk, 4, 4, C / 2, tk]``.
+        ``[K / tk, 3, 3, C, tk]`` in float32.
     window : Window
         Geometry: 3x3, stride 2, no dilation, at least two rows and columns of results.
     channels : int
         K.
-    pairs : Pairs, optional
-        Rounds the transformed data and sums pairs of channels; the transforms stay in float32.
     """
     batch, height, width, depth = window.shape
     out_height, out_width = window.output
     top, left = window.padding[:2]
     down, across = -(-out_height // TILE), -(-out_width // TILE)
-    pack = int(weight.shape[-1])
 
     def sample(
         n: tirx.Var, a: tirx.Var, b: tirx.Var, i: int, j: tirx.Var, c: tirx.Var
@@ -165,8 +139,7 @@ def strided_winograd_conv2d(
     def point(
         x: tirx.Var, y: tirx.Var, n: tirx.Var, a: tirx.Var, b: tirx.Var, c: tirx.Var
     ) -> tirx.Expr:
-        value = _transformed(y, [rows[x, n, a, b, j, c] for j in range(SPAN)])
-        return value if pairs is None else pairs.bits(value)
+        return _transformed(y, [rows[x, n, a, b, j, c] for j in range(SPAN)])
 
     points = te.compute((POINTS, POINTS, batch, down, across, depth), point, name="swino_in")
 
@@ -177,14 +150,8 @@ def strided_winograd_conv2d(
 
         def product(n: tirx.Var, a: tirx.Var, b: tirx.Var, k: tirx.Var) -> tirx.Expr:
             x, y = vertical.point + t, horizontal.point + u
-            if pairs is None:
-                factor = _factor(weight, vertical, horizontal, t, u, c, k)
-                return te.sum(points[x, y, n, a, b, c] * factor, axis=[t, u, c])
-            return pairs.sum(
-                lambda half: points[x, y, n, a, b, PAIR * c + half],
-                weight[k // pack, vertical.weight + t, horizontal.weight + u, c, k % pack],
-                axis=[t, u, c],
-            )
+            factor = _factor(weight, vertical, horizontal, t, u, c, k)
+            return te.sum(points[x, y, n, a, b, c] * factor, axis=[t, u, c])
 
         shape = (
             batch,
@@ -227,7 +194,7 @@ def _factor(
 
     def in_row(r: tirx.Expr | int) -> tirx.Expr:
         def tap(s: tirx.Expr | int) -> tirx.Expr:
-            return widen(weight[k // pack, r, s, c, k % pack])
+            return weight[k // pack, r, s, c, k % pack]
 
         return tap(0) + tap(2) if horizontal is SHARED else tap(horizontal.weight + u)
 
@@ -241,13 +208,12 @@ def lower_conv2d(
     window: Window,
     *,
     channels: int,
-    pairs: Pairs | None = None,
 ) -> relax.Expr:
     """Return the call of a convolution by its two phases, see `strided_winograd_conv2d`."""
     return bb.call_te(
-        partial(strided_winograd_conv2d, window=window, channels=channels, pairs=pairs),
+        partial(strided_winograd_conv2d, window=window, channels=channels),
         data,
         relax.const(packed),
-        primfunc_name_hint="strided_winograd_conv2d" + ("" if pairs is None else "_half"),
+        primfunc_name_hint="strided_winograd_conv2d",
         primfunc_attrs=ANCHOR,
     )

@@ -3,7 +3,9 @@
 An output tile of ``m x m`` pixels takes ``(m + 2)^2`` products instead of ``9 m^2``: for each
 position of the transformed tile, one matrix product of all tiles by the transformed weights,
 ``Y = A^T [(G g G^T) * (B^T d B)] A`` (Lavin and Gray 2016, equation 12). Weights are transformed
-here, in float64. Numerics: the transforms amplify rounding, see `ERROR`.
+here, in float64. Numerics: the transforms amplify rounding: of 128 random channels F(4x4) is off by
+1.4e-6 of the largest output, a direct sum by 0.8e-6. Where an input is infinite the outputs of its
+tile may be NaN (``inf - inf``); callers leave weights that are not all finite to the direct form.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def choose_transform(
     """Return the transform of a convolution that is modelled faster than the direct way, if any.
 
     Where the products are of bfloat16, F(2x2) only, which adds little to the error of rounding, or
-    F(4x4) as well with ``large_tiles`` (docs/performance.md).
+    F(4x4) as well with ``large_tiles`` (docs/performance.md). Products of float32, into which a
+    processor without that instruction widens 16-bit weights, take either.
     """
     form = choose_form(machine, window, channels=channels, dtype=dtype, large_tiles=large_tiles)
     return transform_of(form, dtype)

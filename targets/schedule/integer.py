@@ -72,7 +72,9 @@ def _fits(machine: Machine, tile: Tile) -> bool:
 def _choose_pixels(machine: Machine, *, vectors: int, **shape: int) -> tuple[int, int]:
     """Choose rows and columns as `choose_pixels` does, within the registers of integer sums."""
     most = max(_most_sums(machine, vectors), 1)
-    return choose_pixels(replace(machine, accumulators=most), vectors=vectors, **shape)
+    return choose_pixels(
+        replace(machine, accumulators=most), vectors=vectors, point="pixels", **shape
+    )
 
 
 def _lanes(machine: Machine, dot: IntegerDot, tile_channels: int) -> int:

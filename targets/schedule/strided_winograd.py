@@ -25,8 +25,8 @@ from .blocks import (
     vector_length,
 )
 from .contraction import split_sum
-from .machine import Machine, choose_tasks, prefetch_distance
-from .strided_winograd_model import TILE
+from .machine import Machine, prefetch_distance
+from .strided_winograd_model import TILE, choose_parts
 from .tile_model import choose_pixels
 
 PREFIX = "swino_acc_"
@@ -75,17 +75,13 @@ def schedule_strided_winograd(schedule: s_tir.Schedule, machine: Machine) -> Non
     n, h, w, k = schedule.get_loops(output)
     channels = extents(schedule, output)[-1]
     lanes = vector_length(weight[-1], machine.lanes)
-    height = extents(schedule, output)[1]
-    point_bytes = math.prod(extents(schedule, points)) * 4 // batch
-    row_parts, channel_parts = choose_tasks(
+    row_parts, channel_parts = choose_parts(
         machine,
         batch=batch,
-        row_tiles=down if height % TILE == 0 else 1,
+        height=extents(schedule, output)[1],
         channel_tiles=channels // weight[-1],
         weight_bytes=math.prod(weight) * 4,
-        input_bytes=point_bytes * batch,
-        # An eighth of L2 is what a task may read otherwise; points are made and read in it.
-        row_bytes=point_bytes // down // 4,
+        point_bytes=math.prod(extents(schedule, points)) * 4 // batch,
     )
     h_outer, h_inner = schedule.split(h, [None, TILE])
     w_outer, w_inner = schedule.split(w, [None, TILE])
@@ -130,14 +126,17 @@ def _schedule_sums(
     a, b, k = schedule.get_loops(stored)[-3:]
     lanes = vector_length(weight[-1], machine.lanes)
     depth = extents(schedule, block)[-1]
+    height, width = (int(schedule.get(loop).extent) for loop in (a, b))
     rows, columns = choose_pixels(
         machine,
-        height=int(schedule.get(a).extent),
-        width=int(schedule.get(b).extent),
+        height=height,
+        width=width,
         channels=int(schedule.get(k).extent),
         depth=depth,
         taps=1,
         vectors=weight[-1] // lanes,
+        # Odd images have fewer sums of partners, in other register tiles.
+        point=f"pixels {height}x{width}",
     )
     a_outer, a_inner = schedule.split(a, [None, rows])
     b_outer, b_inner = schedule.split(b, [None, columns])

@@ -6,7 +6,10 @@ Two outputs of a row take five products where six are direct, so that ``2 x 2`` 
 
 from __future__ import annotations
 
-from .machine import FMA_LATENCY, FMA_PER_CYCLE, Machine
+import itertools
+import math
+
+from .machine import FMA_LATENCY, FMA_PER_CYCLE, WEIGHT_BYTES_PER_CYCLE, Machine, choose_tasks
 from .tile_model import choose_pixels
 
 # Output pixels of a side of a tile, samples that it reads and points that are made of them.
@@ -24,9 +27,13 @@ REMOTE_BYTES_PER_CYCLE = 1
 GAIN = 1.05
 
 
-def row_products(length: int) -> int:
-    """Return the products of a row of outputs: five for two, three for one; for seven 18."""
-    return length // TILE * POINTS + length % TILE * 3
+def row_sums(length: int) -> tuple[tuple[int, int], ...]:
+    """Return how many sums of a row of outputs there are, and the taps of each.
+
+    The first and the shared one of each tile have three taps together, that of its partner two: of
+    seven outputs ``4 * 3 + 3 * 2 = 18`` products.
+    """
+    return (-(-length // TILE), 3), (length // TILE, 2)
 
 
 def packed_vectors(machine: Machine, channels: int) -> int:
@@ -35,20 +42,67 @@ def packed_vectors(machine: Machine, channels: int) -> int:
     return next(fitting, 0)
 
 
-def choose_strided_winograd(
+def choose_parts(
     machine: Machine,
     *,
     batch: int,
     height: int,
-    width: int,
-    channels: int,
-    depth: int,
-    group: int = 1,
+    channel_tiles: int,
+    weight_bytes: int,
+    point_bytes: int,
+) -> tuple[int, int]:
+    """Choose how many parts the rows of tiles and the channels are cut into, see `choose_tasks`.
+
+    An odd number of rows is not cut: its last tile has fewer sums than the others.
+
+    Parameters
+    ----------
+    machine : Machine
+        Threads and caches.
+    batch, height : int
+        Output images and their rows.
+    channel_tiles : int
+        Tiles of packed output channels.
+    weight_bytes, point_bytes : int
+        Of all weights, and of the points of one image.
+    """
+    down = -(-height // TILE)
+    return choose_tasks(
+        machine,
+        batch=batch,
+        row_tiles=down if height % TILE == 0 else 1,
+        channel_tiles=channel_tiles,
+        weight_bytes=weight_bytes,
+        input_bytes=point_bytes * batch,
+        # An eighth of L2 is what a task may read otherwise; points are made and read in it. Where
+        # a row takes more, a task has one row.
+        row_bytes=min(point_bytes // down // 4, machine.l2_bytes // 8),
+    )
+
+
+def _products(machine: Machine, *, height: int, width: int, **layer: int) -> float:
+    """Return the products of an image, as many more as units that wait for a sum could make.
+
+    The sums of partners in an odd image have other register tiles: of 35 columns 17 have a
+    partner, no tile divides 17, and two sums of one pixel take the time of eight.
+    """
+    total = 0.0
+    for (rows, taps), (columns, beside) in itertools.product(row_sums(height), row_sums(width)):
+        tile = choose_pixels(
+            machine.plain, height=rows, width=columns, taps=1, point="pixels", **layer
+        )
+        busy = math.prod(tile) * layer["vectors"] / (FMA_LATENCY * FMA_PER_CYCLE)
+        total += rows * columns * taps * beside / min(busy, 1.0)
+    return total
+
+
+def choose_strided_winograd(
+    machine: Machine, *, batch: int, height: int, width: int, channels: int, depth: int
 ) -> bool:
     """Say whether a 3x3 convolution of stride 2 goes by its two phases.
 
-    Only whole vectors of channels on both sides, and images whose tiles fill registers: with less
-    than ``latency x issue`` sums the units wait.
+    Only whole vectors of channels on both sides. Where a register tile has less than
+    ``latency x issue`` sums the units wait, and its products count for more (`_products`).
 
     Parameters
     ----------
@@ -58,8 +112,6 @@ def choose_strided_winograd(
         Output images.
     channels, depth : int
         Output and input channels.
-    group : int
-        Input channels of one lane of a product; they take four bytes together.
 
     Returns
     -------
@@ -68,36 +120,40 @@ def choose_strided_winograd(
         16 lanes; 14x14x256 to 256: 1 924 000 and 1 809 000.
     """
     vectors = packed_vectors(machine, channels)
-    if not vectors or depth % (machine.lanes * group) or min(height, width) < TILE:
+    if not vectors or depth % machine.lanes or min(height, width) < TILE:
         return False
-    down, across = -(-height // TILE), -(-width // TILE)
-    rows, columns = choose_pixels(
-        machine.plain,
-        height=down,
-        width=across,
-        channels=channels,
-        depth=depth // group,
-        taps=1,
-        vectors=vectors,
-    )
-    if rows * columns * vectors < FMA_LATENCY * FMA_PER_CYCLE:
-        return False
+    shape = {"height": height, "width": width, "channels": channels, "depth": depth}
     parallel = FMA_PER_CYCLE * machine.threads
-    steps = depth // group * channels / machine.lanes
-    # Pairs of 16-bit floats are added before they are packed: 16 weights for 9.
-    tap_bytes = depth // group * channels * 4 / machine.weight_bytes_per_cycle
-    direct = batch * height * width * 9 * steps / parallel + 9 * tap_bytes
-    products = batch * row_products(height) * row_products(width) * steps / parallel
-    products += (9 if group == 1 else 16) * tap_bytes
-    inputs = batch * down * across * POINTS**2 * INPUT_STEPS * depth / machine.lanes
+    steps = depth * channels / machine.lanes
+    weight_bytes = 9 * depth * channels * 4
+    weights = weight_bytes / machine.weight_bytes_per_cycle
+    direct = batch * height * width * 9 * steps / parallel + weights
+    points = -(-height // TILE) * -(-width // TILE) * POINTS**2 * depth
+    channel_tiles = channels // (vectors * machine.lanes)
+    row_parts, channel_parts = choose_parts(
+        machine.plain,
+        batch=batch,
+        height=height,
+        channel_tiles=channel_tiles,
+        weight_bytes=weight_bytes,
+        point_bytes=points * 4,
+    )
+    tasks = batch * row_parts * channel_parts
+    uneven = -(-tasks // machine.threads) * machine.threads / tasks
+    products = batch * _products(machine, **shape, vectors=vectors) * steps
+    # Where threads share the channels each transforms the whole image.
+    inputs = batch * points * INPUT_STEPS / machine.lanes * channel_parts
     outputs = batch * height * width * OUTPUT_STEPS * channels / machine.lanes
-    remote = 0.0
-    if (batch if height % TILE else batch * down) % machine.threads:
-        # Threads share the channels: each transforms the whole image.
-        inputs *= machine.threads
-        image = batch * (2 * height) * (2 * width) * depth * 4 // group
-        remote = image * (machine.threads - 1) / machine.threads / REMOTE_BYTES_PER_CYCLE
-    phases = products + (inputs + outputs) / parallel + remote
+    phases = uneven * (products + inputs + outputs) / parallel + weights
+    if channel_parts > 1:
+        image = batch * (2 * height) * (2 * width) * depth * 4
+        phases += image * (machine.threads - 1) / machine.threads / REMOTE_BYTES_PER_CYCLE
+    # The points of all threads fit half of the last cache, or each tile of channels reads what
+    # exceeds it from memory.
+    together = min(tasks, machine.threads) * points * 4 / row_parts
+    beyond = max(together - (machine.l3_bytes // 2 or machine.l2_bytes), 0)
+    passes = -(-tasks // machine.threads) * channel_tiles / channel_parts
+    phases += beyond * passes / WEIGHT_BYTES_PER_CYCLE
     order = ("phases", "direct") if phases * GAIN < direct else ("direct", "phases")
     # The name begins as those of stride 1 do: tuning asks for both first.
     point = f"winograd stride 2 {batch}x{height}x{width}x{depth} to {channels}"
