@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import hone  # noqa: F401  (fixes TVM's threads before anything loads TVM)
+from hone.targets.target import Target
 
 
 def pytest_configure() -> None:
@@ -32,6 +33,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20261121)
+
+
+@pytest.fixture(params=["host", "x86-64-v3"])
+def target(request: pytest.FixtureRequest) -> Target:
+    """Each target whose code this machine may run; skips the one that it cannot."""
+    # Not above: tests of the command line need no compiler.
+    from hone.assembling import runs_here
+    from hone.targets.target import resolve
+
+    resolved = resolve(request.param)
+    if not runs_here(resolved):
+        pytest.skip(f"this machine cannot run code for {request.param}")
+    return resolved
 
 
 @pytest.fixture(scope="session")

@@ -10,21 +10,12 @@ import tvm
 from tvm import relax
 
 from hone import pipeline
-from hone.assembling import runs_here
 from hone.passes.apply import apply
 from hone.passes.lower.window import Window
 from hone.targets.schedule.tile_plan import TilePlan
-from hone.targets.target import Target, resolve
+from hone.targets.target import Target
 
 THREADS = 2
-
-
-@pytest.fixture(params=["host", "x86-64-v3"])
-def target(request: pytest.FixtureRequest) -> Target:
-    resolved = resolve(request.param)
-    if not runs_here(resolved):
-        pytest.skip(f"this machine cannot run code for {request.param}")
-    return resolved
 
 
 Make = Callable[..., relax.Expr]

@@ -13,7 +13,6 @@ from tvm import relax
 from tvm_ffi import structural_walk
 
 from hone import pipeline
-from hone.assembling import runs_here
 from hone.passes.lower.anchors import ANCHOR
 from hone.passes.lower.conv2d import conv2d, pack_conv2d_weight
 from hone.passes.lower.window import Window
@@ -214,13 +213,9 @@ PAIRS = [pytest.param(case, case, id=case.id) for case in CASES]
 
 
 @pytest.mark.parametrize(("case", "layer"), PAIRS, indirect=["layer"])
-@pytest.mark.parametrize("name", ["host", "x86-64-v3"])
 def test_sums_in_chunks_equal_the_oracle(
-    case: Case, layer: Sequence[np.ndarray], name: str
+    case: Case, layer: Sequence[np.ndarray], target: Target
 ) -> None:
-    target = resolve(name)
-    if not runs_here(target):
-        pytest.skip(f"this machine cannot run code for {name}")
     data, weight, bias, other, wanted = layer
     lowered = pipeline.lower(_module(case, weight, bias, target), target, threads=2)
     scheduled = _scheduled(lowered, target)
