@@ -64,9 +64,17 @@ def _concat(call: Call) -> Any:
 
 def _split(call: Call) -> Any:
     axis = call.axis()
-    if len(call.outputs) == 1:
+    sizes = call.ints(1, "split")
+    if sizes is None:
+        # Equal parts, the last one smaller where they do not fit.
+        count = int(call.attributes.get("num_outputs", len(call.outputs)))
+        part = -(-call.shape()[axis] // count)
+        sizes = [part] * (count - 1)
+    else:
+        sizes = sizes[:-1]
+    if not sizes:
         return [call.inputs[0]]
-    ends = np.cumsum([o.shape[axis] for o in call.outputs])[:-1]
+    ends = np.cumsum(sizes)
     return op.split(call.inputs[0], [int(e) for e in ends], axis)
 
 

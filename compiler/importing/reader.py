@@ -26,6 +26,7 @@ from .layer_names import node_ids
 from .nan_weights import nan_weights
 from .onnx_file import OnnxFile
 from .operators import DTYPES, NARROW, SUPPORTED, NodeView, refusal
+from .unread_outputs import trimmed
 
 FOLD_LIMIT_BYTES: Final = 256 << 20
 """A constant that would be larger is computed at run time. The largest weight of a common network,
@@ -133,7 +134,7 @@ class _Reader:
         for proto, layer in zip(reversed(protos), reversed(ids), strict=True):
             if wanted.intersection(proto.output):
                 self.weights.update(_weights(proto, self.weights))
-                needed.append((_trimmed(proto, wanted), prefix + layer))
+                needed.append((trimmed(proto, wanted, self.file), prefix + layer))
                 wanted.update(_reads(proto))
         for proto, layer in reversed(needed):
             branch = self._branch(proto)
@@ -351,22 +352,6 @@ class _Reader:
 
     def _problem(self, node: str, op: str, message: str, fix: str = "") -> None:
         self.problems.append(Problem(node=node, op=op, message=message, fix=fix))
-
-
-def _trimmed(proto: onnx.NodeProto, wanted: set[str]) -> onnx.NodeProto:
-    """Leave out the outputs that nothing reads, such as a dropout's mask."""
-    if len(proto.output) == 1 or wanted.issuperset(proto.output):
-        return proto
-    if attributes(proto).get("training_mode", 0):
-        return proto  # it is refused for its mode, not for the outputs that this needs
-    kept = [name if name in wanted else "" for name in proto.output]
-    while not kept[-1]:
-        kept.pop()
-    trimmed = onnx.NodeProto()
-    trimmed.CopyFrom(proto)
-    del trimmed.output[:]
-    trimmed.output.extend(kept)
-    return trimmed
 
 
 def _weights(proto: onnx.NodeProto, known: set[str]) -> set[str]:

@@ -232,6 +232,46 @@ def test_several_outputs_of_a_node_have_names():
     assert {"split", "split@1"} <= {b.var.name for b in bindings(model)}
 
 
+@pytest.mark.parametrize(
+    ("opset", "attributes", "sizes", "parts"),
+    [
+        (13, {}, None, (2, 2, 2)),
+        (18, {"num_outputs": 4}, None, (2, 2, 2)),
+        (18, {}, (1, 2, 3), (1, 2, 3)),
+        (11, {"split": [3, 1, 2]}, None, (3, 1, 2)),
+    ],
+    ids=["equal", "equal, four, the last one smaller", "input", "attribute"],
+)
+@pytest.mark.parametrize("read", [0, 1, 2])
+def test_a_split_whose_parts_are_not_all_read_keeps_their_sizes(
+    opset: int, attributes: dict, sizes: tuple[int, ...] | None, parts: tuple[int, ...], read: int
+) -> None:
+    width = sum(parts) + (1 if attributes.get("num_outputs") else 0)
+    names = [f"part{i}" for i in range(attributes.get("num_outputs", 3))]
+    given = [ints("sizes", *sizes)] if sizes else []
+    nodes = [
+        helper.make_node(
+            "Split", ["x", "sizes"] if sizes else ["x"], names, axis=1, name="split", **attributes
+        ),
+        helper.make_node("Neg", [names[read]], ["y"]),
+    ]
+    model = importer.load(make(nodes, [info("x", [3, width])], [info("y", None)], given, opset))
+    x = np.arange(3 * width, dtype="float32").reshape(3, width)
+    (y,) = run(model, x=x)
+    first = sum(parts[:read])
+    np.testing.assert_array_equal(y, -x[:, first : first + parts[read]])
+
+
+def test_indices_alone_are_read_of_the_largest() -> None:
+    nodes = [
+        helper.make_node("TopK", ["x", "k"], ["values", "indices"]),
+        helper.make_node("Cast", ["indices"], ["y"], to=TensorProto.FLOAT),
+    ]
+    model = importer.load(make(nodes, [info("x", [2, 4])], [info("y", None)], [ints("k", 2)]))
+    x = np.array([[3, 1, 4, 2], [0, 7, 5, 6]], np.float32)
+    np.testing.assert_array_equal(run(model, x=x)[0], [[2, 0], [1, 3]])
+
+
 def test_weights_from_nodes_are_folded():
     nodes = [
         helper.make_node("ConstantOfShape", ["s"], ["ones"], value=numpy_helper.from_array(
