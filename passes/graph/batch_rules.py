@@ -16,6 +16,7 @@ from tvm.ir import Op
 
 from hone.errors import ModelError
 
+from .batch_rules_of_levels import LEVEL_RULES, own_ops
 from .dataflow import Dataflow, Rebuilder, layer_of, shape_of, variables, with_args
 
 Rule = Callable[["BatchRules", relax.Var, relax.Call], tuple[int, list[relax.Expr]]]
@@ -32,18 +33,22 @@ class BatchRules:
         The copy being written; its parameters already have the new batch.
     batch : int
         The original batch.
-    factor : int
-        By how much the batch grows.
+    new_batch : int
+        That of the copy: a multiple of the original one, or one of its divisors.
     """
 
-    def __init__(self, graph: Dataflow, builder: Rebuilder, *, batch: int, factor: int) -> None:
+    def __init__(self, graph: Dataflow, builder: Rebuilder, *, batch: int, new_batch: int) -> None:
         self._graph = graph
         self._builder = builder
         self._axes: dict[relax.Var, tuple[int | None, ...]] = dict.fromkeys(
             graph.function.params, (0,)
         )
         self.batch = batch
-        self.factor = factor
+        self.new_batch = new_batch
+
+    def scaled(self, extent: int) -> int:
+        """Return the new extent of an axis whose outermost factor is the batch."""
+        return extent * self.new_batch // self.batch
 
     def axes(self, var: relax.Var) -> tuple[int | None, ...]:
         """Return the batch axis of each field of a tuple (of the one tensor)."""
@@ -84,17 +89,29 @@ class BatchRules:
         return [self._builder.use(argument) for argument in arguments]
 
     def tile(self, var: relax.Var, operand: relax.Expr, axis: int) -> relax.Expr:
-        """Return a constant repeated for each sample along an axis."""
+        """Return a constant with as many samples along an axis as the new batch has."""
         value = self._graph.constant(operand)
         if value is None:
             raise self.error(var, "a tensor that does not depend on the inputs has a batch axis")
-        counts = [self.factor if dim == axis else 1 for dim in range(value.ndim)]
-        return relax.const(np.tile(value, counts))
+        if self.new_batch > self.batch:
+            counts = [self.scaled(1) if dim == axis else 1 for dim in range(value.ndim)]
+            return relax.const(np.tile(value, counts))
+        kept, *others = np.split(value, self.batch // self.new_batch, axis)
+        if not all(np.array_equal(kept, other) for other in others):
+            raise self.error(var, "a constant differs from sample to sample")
+        return relax.const(kept)
 
     def fields(self, operand: relax.Expr) -> list[relax.Expr]:
         """Return the fields of a tuple operand."""
         operand = self._graph.resolve(operand)
         return list(operand.fields) if isinstance(operand, relax.Tuple) else []
+
+    def first(self, var: relax.Var, call: relax.Call) -> int:
+        """Return the batch axis of the first argument, the only one that may have one."""
+        axis = self.axis(call.args[0])
+        if axis is None or any(self.reads(argument) for argument in call.args[1:]):
+            raise self.error(var, "the batch reaches another operand than the data")
+        return axis
 
     def error(self, var: relax.Var, message: str) -> ModelError:
         """Return the error of a layer."""
@@ -107,16 +124,8 @@ def _fields(var: relax.Var) -> int:
     return int(isinstance(var.ty, relax.TensorType))
 
 
-def _first(rules: BatchRules, var: relax.Var, call: relax.Call) -> int:
-    """Return the batch axis of the first argument, the only one that may have one."""
-    axis = rules.axis(call.args[0])
-    if axis is None or any(rules.reads(argument) for argument in call.args[1:]):
-        raise rules.error(var, "the batch reaches another operand than the data")
-    return axis
-
-
 def _pointwise(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, list[relax.Expr]]:
-    return _first(rules, var, call), rules.use(call.args)
+    return rules.first(var, call), rules.use(call.args)
 
 
 def _elementwise(
@@ -143,7 +152,7 @@ def _spatial(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, 
     attrs = call.attrs
     layout = str(attrs.data_layout if hasattr(attrs, "data_layout") else attrs.layout)
     out_layout = str(attrs.out_layout) if hasattr(attrs, "out_layout") else ""
-    axis = _first(rules, var, call)
+    axis = rules.first(var, call)
     if layout.find("N") != axis:
         raise rules.error(var, f"the batch is along axis {axis} of the layout {layout}")
     return (out_layout or layout).index("N"), rules.use(call.args)
@@ -175,7 +184,7 @@ def _apart_from(
     rules: BatchRules, var: relax.Var, call: relax.Call
 ) -> tuple[int, list[relax.Expr]]:
     """Operators with an axis of their own, which must not be the batch's."""
-    axis = _first(rules, var, call)
+    axis = rules.first(var, call)
     rank = len(shape_of(call.args[0]))
     own = call.attrs.axes if hasattr(call.attrs, "axes") else [call.attrs.axis]
     if axis in {int(dim) % rank for dim in own}:
@@ -184,7 +193,7 @@ def _apart_from(
 
 
 def _reduction(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, list[relax.Expr]]:
-    axis = _first(rules, var, call)
+    axis = rules.first(var, call)
     rank = len(shape_of(call.args[0]))
     own = range(rank) if call.attrs.axis is None else call.attrs.axis
     reduced = {int(dim) % rank for dim in ([own] if isinstance(own, int) else own)}
@@ -214,7 +223,7 @@ def _concat(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, l
 
 def _reshape(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, list[relax.Expr]]:
     """Place the batch where the extents before it have the same product."""
-    axis = _first(rules, var, call)
+    axis = rules.first(var, call)
     old, new = shape_of(call.args[0]), shape_of(var)
     before = prod(old[:axis])
     places = [dim for dim in range(len(new)) if prod(new[:dim]) == before]
@@ -228,13 +237,13 @@ def _reshape(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, 
 
 def _shape(rules: BatchRules, shape: tuple[int, ...], axis: int) -> list[relax.Expr]:
     extents = list(shape)
-    extents[axis] *= rules.factor
+    extents[axis] = rules.scaled(extents[axis])
     return [relax.ShapeExpr(extents)]
 
 
 def _broadcast(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, list[relax.Expr]]:
     shape = shape_of(var)
-    axis = _first(rules, var, call) + len(shape) - len(shape_of(call.args[0]))
+    axis = rules.first(var, call) + len(shape) - len(shape_of(call.args[0]))
     return axis, [rules.use(call.args)[0], *_shape(rules, shape, axis)]
 
 
@@ -242,11 +251,11 @@ def _permute(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, 
     rank = len(shape_of(var))
     axes = call.attrs.axes
     order = [*range(rank)][::-1] if axes is None else [int(dim) % rank for dim in axes]
-    return order.index(_first(rules, var, call)), rules.use(call.args)
+    return order.index(rules.first(var, call)), rules.use(call.args)
 
 
 def _squeeze(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, list[relax.Expr]]:
-    axis = _first(rules, var, call)
+    axis = rules.first(var, call)
     shape = shape_of(call.args[0])
     own = call.attrs.axis
     ones = [dim for dim, extent in enumerate(shape) if extent == 1]
@@ -264,18 +273,18 @@ def _expand_dims(
     rank = len(shape_of(var))
     inserted = {int(dim) % rank for dim in call.attrs.axis}
     kept = [dim for dim in range(rank) if dim not in inserted]
-    return kept[_first(rules, var, call)], rules.use(call.args)
+    return kept[rules.first(var, call)], rules.use(call.args)
 
 
 def _pad(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, list[relax.Expr]]:
-    axis = _first(rules, var, call)
+    axis = rules.first(var, call)
     if any(int(width) for width in list(call.attrs.pad_width)[2 * axis : 2 * axis + 2]):
         raise rules.error(var, "it pads the batch")
     return axis, rules.use(call.args)
 
 
 def _slice(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, list[relax.Expr]]:
-    axis = _first(rules, var, call)
+    axis = rules.first(var, call)
     rank = len(shape_of(call.args[0]))
     if axis in {int(dim.value) % rank for dim in call.args[1].fields}:
         raise rules.error(var, "it takes some samples of the batch")
@@ -313,6 +322,8 @@ _RULES: dict[Op, Rule] = {
         ),
         _pointwise,
     ),
+    **dict.fromkeys(own_ops("table_int8", "quantize", "dequantize", "binarize"), _pointwise),
+    **LEVEL_RULES,
     **dict.fromkeys(
         _ops(
             *("add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "where"),

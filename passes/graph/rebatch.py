@@ -21,20 +21,21 @@ class Rebatch:
     """Give every input of ``main`` the leading dimension `batch`.
 
     The batch is followed from the inputs through every operator: wherever it stands, the extent
-    is multiplied by ``batch / old batch``.
+    is multiplied by ``batch / old batch``. Constants with an entry for each sample lose those of
+    samples that are gone, and have to be the same for all.
 
     Parameters
     ----------
     batch : int
-        The new leading dimension, a multiple of the present one.
+        The new leading dimension: a multiple of the present one, or one of its divisors.
 
     Raises
     ------
     UsageError
         The batch is less than 1.
     ModelError
-        The inputs do not share a leading dimension that divides `batch`, or a layer mixes samples
-        or loses track of them; names the layer.
+        The inputs do not share a leading dimension that divides `batch` or is a multiple of it, or
+        a layer mixes samples or loses track of them; names the layer.
     """
 
     def __init__(self, batch: int) -> None:
@@ -47,33 +48,33 @@ class Rebatch:
     ) -> tvm.IRModule:
         """Return the module with the new batch, or the very same one."""
         function = module["main"]
-        factor = self._factor(function)
-        if factor == 1:
+        before = self._before(function)
+        if before == self._batch:
             return module
         functions = dict(module.functions_items())
-        functions[module.get_global_var("main")] = _rewrite(function, factor)
+        functions[module.get_global_var("main")] = _rewrite(function, before, self._batch)
         return tvm.IRModule(functions, attrs=module.attrs)
 
-    def _factor(self, function: relax.Function) -> int:
+    def _before(self, function: relax.Function) -> int:
         shapes = {str(param.name): shape_of(param) for param in function.params}
         leading = {shape[:1] for shape in shapes.values()}
-        if len(leading) != 1 or () in leading or self._batch % next(iter(leading))[0]:
+        (before,) = next(iter(leading), ()) or (0,)
+        if len(leading) != 1 or not before or (self._batch % before and before % self._batch):
             given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise ModelError(
-                f"inputs with one leading dimension that divides {self._batch} are required, "
-                f"given are {given}"
+                "inputs with one leading dimension that is a divisor or a multiple of "
+                f"{self._batch} are required, given are {given}"
             )
-        return self._batch // int(next(iter(leading))[0])
+        return int(before)
 
 
-def _rewrite(function: relax.Function, factor: int) -> relax.Function:
+def _rewrite(function: relax.Function, before: int, batch: int) -> relax.Function:
     graph = Dataflow(function)
-    params = [_scaled(param, factor) for param in function.params]
+    params = [_rebatched(param, batch) for param in function.params]
     builder = Rebuilder(function, params)
     for old, new in zip(function.params, params, strict=True):
         builder.replace(old, new)
-    batch = shape_of(function.params[0])[0]
-    rules = BatchRules(graph, builder, batch=batch, factor=factor)
+    rules = BatchRules(graph, builder, batch=before, new_batch=batch)
     for binding in graph.bindings:
         var, value = binding.var, binding.value
         if isinstance(value, relax.Call):
@@ -83,7 +84,7 @@ def _rewrite(function: relax.Function, factor: int) -> relax.Function:
             rules.follow(var, value)
         if new is None:
             builder.copy(binding)
-        elif _shapes(new.ty) != _expected(rules, var, factor):
+        elif _shapes(new.ty) != _expected(rules, var):
             raise ModelError(
                 f"the batch cannot be followed: {var.ty} became {new.ty}", where=layer_of(var)
             )
@@ -93,11 +94,11 @@ def _rewrite(function: relax.Function, factor: int) -> relax.Function:
     return builder.finish()
 
 
-def _expected(rules: BatchRules, var: relax.Var, factor: int) -> list[list[int]]:
+def _expected(rules: BatchRules, var: relax.Var) -> list[list[int]]:
     shapes = _shapes(var.ty)
     for shape, axis in zip(shapes, rules.axes(var), strict=True):
         if axis is not None:
-            shape[axis] *= factor
+            shape[axis] = rules.scaled(shape[axis])
     return shapes
 
 
@@ -106,7 +107,5 @@ def _shapes(ty: tvm.ir.Type) -> list[list[int]]:
     return [[int(extent) for extent in field.shape] for field in fields]
 
 
-def _scaled(param: relax.Var, factor: int) -> relax.Var:
-    shape = list(shape_of(param))
-    shape[0] *= factor
-    return relax.Var(param.name, relax.TensorType(shape, param.ty.dtype))
+def _rebatched(param: relax.Var, batch: int) -> relax.Var:
+    return relax.Var(param.name, relax.TensorType([batch, *shape_of(param)[1:]], param.ty.dtype))

@@ -93,6 +93,24 @@ def test_rebatch_equals_runs_of_one_sample_when_the_batch_grows(body: Body) -> N
             np.testing.assert_allclose(np.take(whole, [sample], axis), part, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("body", [convolutional, attention, sequence_first])
+def test_rebatch_writes_the_small_module_again_when_the_batch_shrinks(body: Body) -> None:
+    before = module((1, 3, 4, 2) if body is not convolutional else (1, 3, 4, 5), body)
+    for between in (2, 6):
+        apart = Rebatch(between)(Rebatch(6)(before))
+        shape = [int(extent) for extent in before["main"].params[0].ty.shape]
+        x = RNG.standard_normal([between, *shape[1:]]).astype("float32")
+        want = runner(Rebatch(between)(before))(x)
+        for found, expected in zip(runner(apart)(x), want, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_rebatch_raises_when_a_constant_differs_from_sample_to_sample() -> None:
+    with pytest.raises(ModelError) as error:
+        Rebatch(2)(module((4, 5), lambda emit, x: emit(relax.op.add(x, const(4, 5)))))
+    assert str(error.value) == "layer: a constant differs from sample to sample"
+
+
 def test_rebatch_multiplies_when_the_batch_is_not_one() -> None:
     before = module((2, 3, 4, 5), lambda emit, x: emit(relax.op.reshape(x, (2, 60))))
     want = module((6, 3, 4, 5), lambda emit, x: emit(relax.op.reshape(x, (6, 60))))
@@ -156,7 +174,8 @@ def test_rebatch_raises_when_the_batch_does_not_divide() -> None:
     with pytest.raises(ModelError) as error:
         Rebatch(3)(module((2, 5), lambda emit, x: emit(relax.op.nn.relu(x))))
     assert str(error.value) == (
-        "inputs with one leading dimension that divides 3 are required, given are x [2, 5]"
+        "inputs with one leading dimension that is a divisor or a multiple of 3 are required, "
+        "given are x [2, 5]"
     )
 
 
