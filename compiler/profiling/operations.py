@@ -40,6 +40,7 @@ def _short(name: str) -> str:
 
 _CHOICE: Final = "if_then_else"
 _FREE: Final = frozenset(("reinterpret", "likely"))
+_HALF_BITS: Final = 16
 _PRODUCTS: Final = frozenset(_short(pair_name(dot)) for dot in HalfDot)
 _SUMS: Final = frozenset(_short(add_name(dot)) for dot in HalfDot)
 _BYTES: Final = ("int8", "uint8")
@@ -188,11 +189,26 @@ def _operations(value: tirx.Expr) -> tuple[int, int]:
         return CALL_OPERATIONS, 0
     if name == "fma":
         return 2, 1
-    if name in _FREE or isinstance(
-        value, tirx.Cast | tirx.Broadcast | tirx.Ramp | tirx.Let | TensorLoad
-    ):
+    if name in _FREE or _moves_bits(value):
+        return 0, 0
+    if isinstance(value, tirx.Cast | tirx.Broadcast | tirx.Ramp | tirx.Let | TensorLoad):
         return 0, 0
     return 1, int(isinstance(value, tirx.Mul))
+
+
+def _moves_bits(value: tirx.Expr) -> bool:
+    """Say whether a node only puts 16 bits into the upper half of a word, beside others or not.
+
+    Two values of 16 bits become a word so, one load where they lie side by side.
+    """
+    if isinstance(value, tirx.BitwiseOr):
+        return _moves_bits(value.a) or _moves_bits(value.b)
+    return (
+        isinstance(value, tirx.LShift)
+        and isinstance(value.a, tirx.Cast)
+        and _dtype(value.a.value) == f"uint{_HALF_BITS}"
+        and _identity(value.b) == _HALF_BITS
+    )
 
 
 def _name(value: tirx.Expr) -> str:

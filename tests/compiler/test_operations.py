@@ -78,6 +78,35 @@ def test_pair_of_bfloat16_is_two_multiply_adds():
     assert work(sums, rows, words) == Work(by_dtype={"bfloat16": 3 * 5 * 4}, products=3 * 5 * 2)
 
 
+def test_two_bfloat16_that_become_a_word_count_nothing():
+    rows, words = (
+        te.placeholder((3, 10), "uint16", name="rows"),
+        te.placeholder((5,), "int32", name="words"),
+    )
+    k = te.reduce_axis((0, 5), "k")
+    dot = HalfDot.VDPBF16PS
+
+    def word(i, k):
+        low, high = (tirx.Cast("uint32", rows[i, 2 * k + half]) for half in range(2))
+        return tirx.reinterpret("int32", low | (high << tirx.const(16, "uint32")))
+
+    sums = te.compute(
+        (3,), lambda i: pair_sum(dot)(pair_product(dot, word(i, k), words[k]), axis=[k]), name="s"
+    )
+    assert work(sums, rows, words) == Work(by_dtype={"bfloat16": 3 * 5 * 4}, products=3 * 5 * 2)
+
+
+def test_shift_or_union_of_other_bits_counts():
+    bits = te.placeholder((LENGTH,), "uint32", name="bits")
+
+    def operations(function) -> float:
+        result = te.compute((LENGTH,), lambda i: function(bits[i]), name="y")
+        return work(result, bits).operations
+
+    assert operations(lambda x: x << tirx.const(16, "uint32")) == LENGTH
+    assert operations(lambda x: x | (x << tirx.const(16, "uint32"))) == 2 * LENGTH
+
+
 def test_arithmetic_on_levels_is_that_of_bytes_until_it_is_float():
     levels = te.placeholder((LENGTH,), "uint8", name="levels")
     k = te.reduce_axis((0, LENGTH), "k")
