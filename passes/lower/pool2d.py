@@ -1,7 +1,8 @@
 """Lowers 2-D pooling to window maxima and sums over NHWC whose padding is never copied.
 
-Rewrites ``relax.nn.max_pool2d`` and ``relax.nn.avg_pool2d`` in NHWC; in NCHW between two
-transpositions, which cost less than windows across rows. Average pooling in ceil mode keeps TVM's
+Rewrites ``relax.nn.max_pool2d`` and ``relax.nn.avg_pool2d`` in NHWC; in NCHW along the rows of each
+image (`hone.passes.lower.pool_planes`), or between two transpositions where rows are short. Average
+pooling in ceil mode keeps TVM's
 own legalization, as does what is no float32. Runs after the layout is NHWC and before fusion.
 Numerics: maxima are exact, sums may be taken in another order.
 """
@@ -17,6 +18,7 @@ from tvm import relax, te, tirx
 from .anchors import ANCHOR, default_legalization
 from .conv2d import Window, pad
 from .half import is_half, widened_source
+from .pool_planes import avg_pool_planes, fits_planes, max_pool_planes
 
 _LAST, _FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
@@ -95,17 +97,7 @@ def _whole(window: Window, output: tuple[int, int]) -> Window:
 
 def legalize_max_pool2d(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     """Legalize one ``relax.nn.max_pool2d`` call. See the module."""
-
-    def lower(data: relax.Expr, output: tuple[int, int]) -> relax.Expr:
-        window = _whole(Window.of(data, call.attrs.pool_size, call.attrs), output)
-        return bb.call_te(
-            partial(max_pool2d, window=window),
-            data,
-            primfunc_name_hint="max_pool2d",
-            primfunc_attrs=ANCHOR,
-        )
-
-    return _in_nhwc(bb, call, lower)
+    return _lower(bb, call, nhwc=max_pool2d, nchw=max_pool_planes, name="max_pool2d")
 
 
 def legalize_avg_pool2d(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
@@ -114,30 +106,42 @@ def legalize_avg_pool2d(bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     fits = str(call.ty.dtype) == "float32" == str(call.args[0].ty.dtype)
     if attrs.ceil_mode or not fits or [int(d) for d in attrs.dilation] != [1, 1]:
         return default_legalization(bb, call)
-
-    def lower(data: relax.Expr, _output: tuple[int, int]) -> relax.Expr:
-        window = Window.of(data, attrs.pool_size, attrs)
-        return bb.call_te(
-            partial(avg_pool2d, window=window, padding_counts=bool(attrs.count_include_pad)),
-            data,
-            primfunc_name_hint="avg_pool2d",
-            primfunc_attrs=ANCHOR,
-        )
-
-    return _in_nhwc(bb, call, lower)
+    counts = bool(attrs.count_include_pad)
+    return _lower(
+        bb,
+        call,
+        nhwc=partial(avg_pool2d, padding_counts=counts),
+        nchw=partial(avg_pool_planes, padding_counts=counts),
+        name="avg_pool2d",
+    )
 
 
-def _in_nhwc(
+def _lower(
     bb: relax.BlockBuilder,
     call: relax.Call,
-    lower: Callable[[relax.Expr, tuple[int, int]], relax.Expr],
+    *,
+    nhwc: Callable[..., te.Tensor],
+    nchw: Callable[..., te.Tensor],
+    name: str,
 ) -> relax.Expr:
-    """Lower a pooling call over NHWC, between two transpositions where it is over NCHW."""
+    """Lower a pooling call in its layout, or over NHWC between two transpositions."""
     layout, data = str(call.attrs.layout), widened_source(bb, call.args[0])
     if layout not in ("NHWC", "NCHW") or str(call.attrs.out_layout) not in ("", layout):
         return default_legalization(bb, call)
     shape = [int(extent) for extent in call.ty.shape]
+    output = (shape[1], shape[2]) if layout == "NHWC" else (shape[2], shape[3])
+    extents = [int(extent) for extent in data.ty.shape]
+    if layout == "NCHW":
+        extents = [extents[axis] for axis in _LAST]
+    window = _whole(Window.of_shape(extents, call.attrs.pool_size, call.attrs), output)
+
+    def emit(make: Callable[..., te.Tensor], given: relax.Expr) -> relax.Expr:
+        made = partial(make, window=window)
+        return bb.call_te(made, given, primfunc_name_hint=name, primfunc_attrs=ANCHOR)
+
     if layout == "NHWC":
-        return lower(data, (shape[1], shape[2]))
+        return emit(nhwc, data)
+    if fits_planes(window):
+        return emit(nchw, data)
     moved = bb.emit(relax.op.permute_dims(data, _LAST))
-    return relax.op.permute_dims(bb.emit(lower(moved, (shape[2], shape[3]))), _FIRST)
+    return relax.op.permute_dims(bb.emit(emit(nhwc, moved)), _FIRST)

@@ -32,7 +32,12 @@ class Window:
     @classmethod
     def of(cls, data: relax.Expr, taps: Sequence[int], attrs: tvm.ir.Attrs) -> Window:
         """Return the window of a convolution or pooling call over NHWC ``data``."""
-        batch, height, width, channels = (int(extent) for extent in data.ty.shape)
+        return cls.of_shape([int(extent) for extent in data.ty.shape], taps, attrs)
+
+    @classmethod
+    def of_shape(cls, shape: Sequence[int], taps: Sequence[int], attrs: tvm.ir.Attrs) -> Window:
+        """Return the window of a convolution or pooling call over ``(N, H, W, C)``."""
+        batch, height, width, channels = shape
         taps_h, taps_w = (int(x) for x in taps)
         stride_h, stride_w = (int(x) for x in attrs.strides)
         dilation_h, dilation_w = (int(x) for x in attrs.dilation)

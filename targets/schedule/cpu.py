@@ -47,7 +47,8 @@ class Decision:
     rule : str
         ``conv2d``, ``dense``, ``single_row``, ``batch_matmul``, ``attention``, ``window``,
         ``bands``, ``winograd``, ``winograd_rows``, ``rows``, ``columns``, ``weight_only``,
-        ``tiles``, ``copies``, ``matrices``, ``resize``, ``generic``, ``record`` or ``none``.
+        ``tiles``, ``copies``, ``matrices``, ``resize``, ``pooling``, ``generic``,
+        ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
     """
@@ -77,6 +78,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("swino_acc", "strided_winograd"),
         ("attn_acc", "attention"),
         ("resize_out", "resize"),
+        ("pool_out", "pooling"),
         ("row_total", "rows"),
         ("col_", "columns"),
     ):
@@ -97,6 +99,7 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "attention": schedule_attention,
         "bands": schedule_bands,
         "resize": schedule_resize,
+        "pooling": schedule_resize,
         "rows": schedule_rows,
         "columns": schedule_columns,
         "winograd": schedule_winograd,
