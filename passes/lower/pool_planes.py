@@ -2,17 +2,18 @@
 
 For images that stand alone in NCHW, between no convolutions: both loops run along a row of the
 image through memory, where windows over channels would want two transpositions. Called by
-`hone.passes.lower.pool2d`; scheduled as `hone.targets.schedule.resize` schedules interpolation.
+`hone.passes.lower.pool2d`; scheduled by `hone.targets.schedule.pooling`.
 Numerics: maxima are exact, sums are taken rows first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from tvm import te, tirx
 
-from hone.targets.schedule.resize import FORM
+from hone.targets.schedule.pooling import FORM
 
 from .half import is_half
 from .window import Window
@@ -22,6 +23,7 @@ LEAST_COLUMNS = 8
 MOST_TAPS = 16
 
 Join = Callable[[tirx.Expr, tirx.Expr], tirx.Expr]
+OnlyIf = Callable[[tirx.Expr, tirx.Expr], tirx.Expr]
 
 
 def fits_planes(window: Window) -> bool:
@@ -32,9 +34,13 @@ def fits_planes(window: Window) -> bool:
 def max_pool_planes(data: te.Tensor, window: Window) -> te.Tensor:
     """Return the window maximum of ``[N, C, H, W]``; ``window`` has its shape as NHWC."""
     dtype = "float32" if is_half(data) else str(data.dtype)
-    rows, width = _joined_rows(data, window, tirx.max, tirx.min_value(dtype))
+    least = tirx.min_value(dtype)
+    choose = None if window.dilation[0] == 1 else partial(_or_least, least)
+    rows, width = _joined_rows(data, window, tirx.max, least, choose)
     joined = _joined_columns(rows, window, tirx.max)
-    return te.compute(_shape(window), joined, name="pool_out", attrs={FORM: [0, 1, *width, 0, 0]})
+    return te.compute(
+        _shape(window), joined, name="pool_out", attrs={FORM: [*width, 0, 0, window.strides[1]]}
+    )
 
 
 def avg_pool_planes(data: te.Tensor, window: Window, *, padding_counts: bool) -> te.Tensor:
@@ -47,7 +53,7 @@ def avg_pool_planes(data: te.Tensor, window: Window, *, padding_counts: bool) ->
     def add(a: tirx.Expr, b: tirx.Expr) -> tirx.Expr:
         return a + b
 
-    rows, width = _joined_rows(data, window, add, tirx.const(0, "float32"))
+    rows, width = _joined_rows(data, window, add, tirx.const(0, "float32"), _or_zero)
     joined = _joined_columns(rows, window, add)
     one = tirx.const(1, "float32")
 
@@ -65,7 +71,9 @@ def avg_pool_planes(data: te.Tensor, window: Window, *, padding_counts: bool) ->
         return joined(n, c, y, x) * size
 
     edges = (0, 0) if padding_counts else _partial_columns(window)
-    return te.compute(_shape(window), mean, name="pool_out", attrs={FORM: [0, 1, *width, *edges]})
+    return te.compute(
+        _shape(window), mean, name="pool_out", attrs={FORM: [*width, *edges, window.strides[1]]}
+    )
 
 
 def _shape(window: Window) -> tuple[int, int, int, int]:
@@ -73,11 +81,12 @@ def _shape(window: Window) -> tuple[int, int, int, int]:
 
 
 def _joined_rows(
-    data: te.Tensor, window: Window, join: Join, outside: tirx.Expr
+    data: te.Tensor, window: Window, join: Join, outside: tirx.Expr, only_if: OnlyIf | None
 ) -> tuple[te.Tensor, tuple[int, int]]:
     """Return the rows of each window joined, and how many columns lie before and behind the image.
 
-    Columns outside the image hold ``outside``.
+    Columns outside the image hold ``outside``. A row outside is the nearest one of the image, which
+    ``only_if`` hides; None where it may count twice, because the window has it anyway.
     """
     n, height, width, c = window.shape
     top, left, _, _ = window.padding
@@ -90,14 +99,13 @@ def _joined_rows(
         total = None
         for tap in range(window.taps[0]):
             least = tap * window.dilation[0] - top
-            at = y * window.strides[0] + least
             most = (out_h - 1) * window.strides[0] + least
+            at = y * window.strides[0] + least
             value = data[b, ch, tirx.min(tirx.max(at, 0), height - 1), column]
             if is_half(data):
                 value = value.astype("float32")
-            # The condition is the same along a row: no branch is left in the loop.
-            if least < 0 or most >= height:
-                value = tirx.Select(tirx.all(at >= 0, at < height), value, outside)
+            if only_if is not None and (least < 0 or most >= height):
+                value = only_if(tirx.all(at >= 0, at < height), value)
             total = value if total is None else join(total, value)
         if left or behind:
             total = tirx.Select(tirx.all(x >= left, x < left + width), total, outside)
@@ -105,6 +113,16 @@ def _joined_rows(
 
     rows = te.compute((n, c, out_h, read), row, name="pool_rows")
     return rows, (left, behind)
+
+
+def _or_least(least: tirx.Expr, condition: tirx.Expr, value: tirx.Expr) -> tirx.Expr:
+    return tirx.Select(condition, value, least)
+
+
+def _or_zero(condition: tirx.Expr, value: tirx.Expr) -> tirx.Expr:
+    """Return a float32 or 0 by its bits: LLVM makes branches of a choice, and no vectors then."""
+    mask = tirx.const(0, "int32") - tirx.Cast("int32", condition)
+    return tirx.reinterpret("float32", tirx.reinterpret("int32", value) & mask)
 
 
 def _joined_columns(

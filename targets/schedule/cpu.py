@@ -22,9 +22,11 @@ from .generic import schedule_generic
 from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
 from .matrix import schedule_matrices
+from .pooling import schedule_pooling
 from .resize import schedule_resize
 from .rows import schedule_columns, schedule_rows
 from .single_row import schedule_single_row
+from .strassen import schedule_strassen
 from .strided_winograd import schedule_strided_winograd
 from .tiles import schedule_tiles
 from .weight_only import schedule_weight_only_dense
@@ -46,7 +48,8 @@ class Decision:
         Name of the PrimFunc.
     rule : str
         ``conv2d``, ``dense``, ``single_row``, ``batch_matmul``, ``attention``, ``window``,
-        ``bands``, ``winograd``, ``winograd_rows``, ``rows``, ``columns``, ``weight_only``,
+        ``bands``, ``winograd``, ``winograd_rows``, ``strassen``, ``rows``, ``columns``,
+        ``weight_only``,
         ``tiles``, ``copies``, ``matrices``, ``resize``, ``pooling``, ``generic``,
         ``record`` or ``none``.
     reason : str
@@ -76,6 +79,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("wino_row_acc", "winograd_rows"),
         ("wino_acc", "winograd"),
         ("swino_acc", "strided_winograd"),
+        ("strassen_acc", "strassen"),
         ("attn_acc", "attention"),
         ("resize_out", "resize"),
         ("pool_out", "pooling"),
@@ -99,11 +103,12 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "attention": schedule_attention,
         "bands": schedule_bands,
         "resize": schedule_resize,
-        "pooling": schedule_resize,
+        "pooling": schedule_pooling,
         "rows": schedule_rows,
         "columns": schedule_columns,
         "winograd": schedule_winograd,
         "winograd_rows": schedule_winograd_rows,
+        "strassen": schedule_strassen,
         "strided_winograd": schedule_strided_winograd,
         "single_row": schedule_single_row,
         "weight_only": schedule_weight_only_dense,

@@ -38,7 +38,7 @@ RULES = {
         "rows",
         "columns",
     ),
-    *("bands", "copies", "resize", "generic", "single_row", "strided_winograd"),
+    *("bands", "copies", "pooling", "resize", "generic", "single_row", "strided_winograd"),
 }
 
 
