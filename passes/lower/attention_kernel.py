@@ -17,9 +17,10 @@ from tvm import te, tirx
 from hone.targets.schedule.attention import CAUSAL, TILE
 from hone.targets.schedule.tile_model import Tile
 
-from .elementary import exp_below_0, tanh
+from .elementary import exp2_below_0, tanh
 from .reductions import MAX, SUM, Reducer, reduce_rows
 
+_LOG2E = math.log2(math.e)
 # What a cover holds for a key that is seen, and what the score of one that is not seen becomes.
 _SHOWN = tirx.const(math.inf, "float32")
 _HIDDEN = tirx.const(-math.inf, "float32")
@@ -122,6 +123,20 @@ class AttentionKernel:
     blocks: Blocks
 
     @property
+    def _base(self) -> float:
+        """What turns logarithms to base e into those that the scores are: it joins their factor.
+
+        1 where there is a mask, which may hold the least finite number: times log2(e) it is
+        infinite.
+        """
+        return _LOG2E if self.bias is None and self.cover is None else 1.0
+
+    def _power(self, difference: tirx.Expr) -> tirx.Expr:
+        """Return the power of a difference of scores, which is not above 0."""
+        rest = tirx.const(_LOG2E / self._base, "float32")
+        return exp2_below_0(difference if self._base == _LOG2E else difference * rest)
+
+    @property
     def _wide(self) -> int:
         return self.blocks.keys * self.blocks.count
 
@@ -159,7 +174,8 @@ class AttentionKernel:
 
     def _turned(self, key: te.Tensor) -> te.Tensor:
         """Return the keys times the scale as ``[B, H, D, S]``; those beyond the last are it."""
-        of, scale = self.key, tirx.const(self.scale, "float32")
+        of = self.key
+        scale = tirx.const(self.scale if self.cap else self.scale * self._base, "float32")
         heads = self.heads // self.shared
 
         def element(b: tirx.Expr, h: tirx.Expr, s: tirx.Expr, d: tirx.Expr) -> tirx.Expr:
@@ -224,7 +240,7 @@ class AttentionKernel:
         def score(b: tirx.Expr, h: tirx.Expr, m: tirx.Expr, s: tirx.Expr) -> tirx.Expr:
             value = products[b, h, m, s]
             if self.cap is not None:
-                value = tanh(value) * tirx.const(self.cap, "float32")
+                value = tanh(value) * tirx.const(self.cap * self._base, "float32")
 
             def of(mask: te.Tensor) -> tirx.Expr:
                 at = (b, h, self._row(m))
@@ -275,7 +291,7 @@ class AttentionKernel:
         else:
             top = most
         powers = te.compute(
-            (*outer, wide), lambda *i: exp_below_0(scores[i] - top[i[:-1]]), name="row_exp"
+            (*outer, wide), lambda *i: self._power(scores[i] - top[i[:-1]]), name="row_exp"
         )
         total = self._reduced(powers, SUM)
         s = te.reduce_axis((0, min(wide, self.keys - first)), "s")
@@ -288,7 +304,7 @@ class AttentionKernel:
         if before is None:
             result = te.compute(shape, lambda *i: sums[i], name=f"attn_run{index}")
             return _State(top=top, total=total, result=result)
-        decay = te.compute(outer, lambda *i: exp_below_0(before.top[i] - top[i]), name="row_decay")
+        decay = te.compute(outer, lambda *i: self._power(before.top[i] - top[i]), name="row_decay")
         return _State(
             top=top,
             total=te.compute(

@@ -26,11 +26,13 @@ from .computed_weights import legalize_computed_conv2d
 from .conv2d import legalize_conv2d
 from .elementary import ELEMENTARY_RULES
 from .fuse_attention import FuseAttention
+from .fuse_gelu import FuseGelu
 from .grid_sample import legalize_grid_sample
 from .half import is_half, legalize_astype
 from .half_conv2d import legalize_half_conv2d
 from .half_dense import legalize_half_matmul
 from .half_models import legalize_half_model
+from .join_projections import JoinProjections
 from .normalize import legalize_group_norm, legalize_layer_norm, legalize_softmax
 from .pool2d import legalize_avg_pool2d, legalize_max_pool2d
 from .powers import legalize_power
@@ -152,6 +154,8 @@ class LegalizeForCPU:
         return tvm.transform.Sequential(
             [
                 FuseAttention(self._machine),
+                JoinProjections(),
+                FuseGelu(),
                 # These are read through by the kernels behind them; what is left comes last.
                 transform.LegalizeOps(own, skip_ops=list(READ_THROUGH)),
                 transform.DeadCodeElimination(),
