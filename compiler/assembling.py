@@ -24,8 +24,9 @@ from .kernel_table import converting_kernels, kernel_table
 from .model import Model
 from .package import Package
 from .packaging.golden import Golden
-from .packaging.manifest import CostEntry, ProvenanceEntry, TargetEntry
+from .packaging.manifest import CostEntry, ProvenanceEntry, SlicesEntry, TargetEntry
 from .profiling.kernel_costs import kernel_costs
+from .slicing import Slicing, slice_batch
 from .weights import weights_bytes
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Assembled:
         The kernels before they were scheduled.
     scheduled : Scheduled
         The rule of each kernel, and which ones the tuning database covers.
+    slicing : Slicing
+        Whether a run is the module once, or a slice of its batch several times.
     quantization : Quantization or None
         What of a model that was quantized before its import became integer kernels.
     packing : WeightPacking or None
@@ -65,6 +68,7 @@ class Assembled:
     package: Package
     lowered: tvm.IRModule
     scheduled: pipeline.Scheduled
+    slicing: Slicing
     quantization: Quantization | None = None
     packing: WeightPacking | None = None
 
@@ -116,15 +120,26 @@ def assemble(
     integers, quantization, packing = in_integers(model)
     if quantization is not None and quantization.quantized:
         precision = "int8"
+    decided = None if database is None else database.lowerings()
+    slicing = slice_batch(integers.module, target, threads=threads, decided=decided)
+    if database is not None:
+        database = database.of_threads(slicing.threads)
+    integers = integers.with_module(slicing.module)
     lowered = pipeline.lower(
         integers.module,
         target,
-        threads=threads,
+        threads=slicing.threads,
         compact=compact,
         decided=None if database is None else database.lowerings(),
     )
-    scheduled = pipeline.schedule(lowered, target, threads=threads, database=database)
-    library = pipeline.link(scheduled.module, target, threads=threads)
+    scheduled = pipeline.schedule(lowered, target, threads=slicing.threads, database=database)
+    library = pipeline.link(
+        scheduled.module,
+        target,
+        threads=slicing.threads,
+        slices=slicing.count,
+        parts=slicing.parts,
+    )
     floats = [t.name for t in model.signature.outputs if t.dtype.startswith("float")]
     package = Package.create(
         library=library,
@@ -148,16 +163,35 @@ def assemble(
         recipe={},
         # Sorting and top-k are calls by name into the runtime's second library.
         needs_runtime_extra=b"tvm.contrib.sort" in library,
-        activations_bytes=activation_bytes(scheduled.module, target, threads=threads),
+        activations_bytes=_activation_bytes(model, scheduled, slicing, target),
+        slices=_slices_entry(slicing),
         costs=_costs(model, integers, lowered, scheduled),
     )
     return Assembled(
         package=package,
         lowered=lowered,
         scheduled=scheduled,
+        slicing=slicing,
         quantization=quantization,
         packing=packing,
     )
+
+
+def _slices_entry(slicing: Slicing) -> SlicesEntry | None:
+    """Return what the manifest says of a batch in slices."""
+    if slicing.count == 1:
+        return None
+    (images, *_), *_ = (tuple(param.ty.shape) for param in slicing.module["main"].params)
+    return SlicesEntry(count=slicing.count, samples=int(images), parts=slicing.parts)
+
+
+def _activation_bytes(
+    model: Model, scheduled: pipeline.Scheduled, slicing: Slicing, target: Target
+) -> int:
+    """Return the bytes of a run's activations: those of each part, and the caller's outputs."""
+    planned = activation_bytes(scheduled.module, target, threads=slicing.threads)
+    outputs = sum(tensor.size_bytes for tensor in model.signature.outputs)
+    return slicing.parts * planned + outputs - slicing.parts * outputs // slicing.count
 
 
 def _costs(

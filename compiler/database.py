@@ -56,8 +56,15 @@ class Database(RecordFiles):
 
     def __init__(self, root: Path, target: Target, *, threads: int) -> None:
         super().__init__(folder_of(root, target, threads=threads))
+        self.root = root
         self.target = target
         self.threads = threads
+
+    def of_threads(self, threads: int) -> Database:
+        """Return the records of another thread count; the very same database for its own."""
+        if threads == self.threads:
+            return self
+        return Database(self.root, self.target, threads=threads)
 
     def add_record(self, workload: list[Any], record: list[Any]) -> None:
         """Append one record; it is on the disk when this returns.

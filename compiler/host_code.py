@@ -5,7 +5,10 @@ For every kernel a function that TVM's virtual machine can call. For a model tha
 
 ``hone_run(table)`` takes the address of an array of pointers: the workspace, the inputs, the
 outputs, the constants in the order of the Relax function `CONSTANTS`. Each begins at a multiple of
-64 bytes. ``hone_workspace_bytes()`` says how large the workspace is. Two runs at once need two
+64 bytes. ``hone_workspace_bytes()`` says how large the workspace is. A batch in slices
+(`slicing`) is a loop over them, in as many parts as threads take slices side by side; whichever
+thread is free takes the next one. ``hone_slices()`` says how many there are, and ``hone_parts()``
+how many at once: the virtual machine's ``main`` runs one slice. Two runs at once need two
 tables with two workspaces. ``hone_signature()`` is the address of a text, the JSON of
 ``{"inputs": [[dtype, [extent, ...]], ...], "outputs": [...]}``: what runs here must be what a
 package's manifest says.
@@ -19,13 +22,18 @@ from importlib.resources import files
 
 from hone.passes.lower.export_kernels import PREFIX
 
-from .plan import Place, Plan, Region
+from .plan import Copy, Place, Plan, Region, Shape
 
 CONSTANTS = "hone_constants"
 """Relax function that returns the constants of the plan as a tuple."""
 
+MOST_ARGUMENTS = 48
+"""Tensors of one kernel that `walker_source` can pass."""
 
-def host_source(kernels: Mapping[str, int], plan: Plan | None) -> str:
+
+def host_source(
+    kernels: Mapping[str, int], plan: Plan | None, *, slices: int = 1, parts: int = 1
+) -> str:
     """Return the C source of one package.
 
     Parameters
@@ -34,12 +42,70 @@ def host_source(kernels: Mapping[str, int], plan: Plan | None) -> str:
         Number of parameters of each raw kernel.
     plan : Plan or None
         What a run is, if it can be planned.
+    slices, parts : int
+        How often a run calls what the virtual machine knows as ``main``, and how many threads do
+        so side by side; those of the plan, where there is one.
     """
-    text = files("hone.packaging").joinpath("host.c").read_text(encoding="utf-8")
-    parts = [text, *(_kernel(name, count) for name, count in sorted(kernels.items()))]
+    pieces = [_host(), *(_kernel(name, count) for name, count in sorted(kernels.items()))]
     if plan is not None:
-        parts.append(_run(plan))
-    return "\n".join(parts)
+        pieces.append(_run(plan))
+    pieces += [_number("hone_slices", slices), _number("hone_parts", parts)]
+    return "\n".join(pieces)
+
+
+def _number(name: str, value: int) -> str:
+    return f"""\
+PACKED({name}) {{
+  return Integer(result, {value});
+}}
+"""
+
+
+def _host() -> str:
+    return files("hone.packaging").joinpath("host.c").read_text(encoding="utf-8")
+
+
+def walker_source() -> str:
+    """Return the C source that runs kernels given at run time, with a clock around each.
+
+    ``hone_walk(steps, number, runs, ticks)`` makes ``runs`` runs of ``number`` calls. ``steps`` is
+    an array of 64-bit numbers: for each call the address of the kernel, how many tensors it takes
+    (`MOST_ARGUMENTS` at most), and their addresses. ``ticks`` gets ``number + 1`` nanoseconds of
+    each run: when it began, and when each call ended. ``hone_launch()`` is the address of what a
+    kernel's loops have to call to run on this library's threads.
+    """
+    cases = "\n".join(
+        f"    case {count}: return ((int (*)({', '.join(['void*'] * count) or 'void'}))kernel)"
+        f"({', '.join(f'a[{index}]' for index in range(count))});"
+        for count in range(MOST_ARGUMENTS + 1)
+    )
+    return f"""\
+{_host()}
+static int Call(void* kernel, int64_t count, void* const* a) {{
+  switch (count) {{
+{cases}
+    default: return -1;
+  }}
+}}
+
+EXPORT int hone_walk(const int64_t* steps, int64_t number, int64_t runs, int64_t* ticks) {{
+  int status = 0;
+  Mode mode = Enter();
+  for (int64_t run = 0; run < runs; ++run) {{
+    const int64_t* step = steps;
+    *ticks++ = Now();
+    for (int64_t i = 0; i < number; ++i) {{
+      status |= Call((void*)(intptr_t)step[0], step[1], (void* const*)(step + 2));
+      step += 2 + step[1];
+      *ticks++ = Now();
+    }}
+  }}
+  Leave(mode);
+  return status;
+}}
+
+EXPORT void* hone_launch(void) {{ return (void*)Launch; }}
+"""
 
 
 def _kernel(name: str, count: int) -> str:
@@ -57,39 +123,77 @@ PACKED({name}) {{
 
 
 def _run(plan: Plan) -> str:
-    first = {Region.WORKSPACE: 0, Region.INPUT: 1, Region.OUTPUT: 1 + len(plan.inputs)}
+    first = {Region.INPUT: 1, Region.OUTPUT: 1 + len(plan.inputs)}
     first[Region.CONSTANT] = first[Region.OUTPUT] + len(plan.outputs)
+    shapes = {Region.INPUT: plan.inputs, Region.OUTPUT: plan.outputs}
 
     def at(place: Place) -> str:
-        pointer = f"table[{first[place.region] + place.index}]"
+        if place.region is Region.WORKSPACE:
+            pointer = "workspace"
+        else:
+            pointer = f"table[{first[place.region] + place.index}]"
+            if plan.slices > 1 and place.region in shapes:
+                size_bytes = shapes[place.region][place.index].size_bytes
+                pointer = f"{pointer} + slice * {size_bytes}"
         return f"{pointer} + {place.offset_bytes}" if place.offset_bytes else pointer
 
+    def copied(copy: Copy) -> str:
+        return f"  memcpy({at(copy.target)}, {at(copy.source)}, {copy.size_bytes});"
+
     lines = [
-        f"  if (status == 0) status = {PREFIX}{call.kernel}({', '.join(map(at, call.places))});"
-        for call in plan.calls
+        *map(copied, plan.loads),
+        *(
+            f"  if (status == 0) status = {PREFIX}{call.kernel}({', '.join(map(at, call.places))});"
+            for call in plan.calls
+        ),
+        *map(copied, plan.copies),
     ]
-    for copy in plan.copies:
-        target = at(Place(region=Region.OUTPUT, index=copy.output))
-        lines.append(f"  memcpy({target}, {at(copy.source)}, {copy.size_bytes});")
     body = "\n".join(lines)
     signature = json.dumps(
         {
-            "inputs": [[shape.dtype, shape.extents] for shape in plan.inputs],
-            "outputs": [[shape.dtype, shape.extents] for shape in plan.outputs],
+            "inputs": [_whole(shape, plan.slices) for shape in plan.inputs],
+            "outputs": [_whole(shape, plan.slices) for shape in plan.outputs],
         }
     )
     return f"""\
-PACKED(hone_run) {{
-  char* const* table = arguments[0].pointer;
+enum {{ kSlices = {plan.slices}, kParts = {plan.parts} }};
+static const int64_t kWorkspaceBytes = {plan.workspace_bytes};  // of one part
+
+typedef struct {{
+  char* const* table;
+  int64_t next;  // the slice that nobody has taken yet
+}} Batch;
+
+static int Slice(char* const* table, char* workspace, int64_t slice) {{
   int status = 0;
-  Mode mode = Enter();
+  (void)workspace, (void)slice;
 {body}
+  return status;
+}}
+
+static int Slices(int part, Group* group, void* data) {{
+  Batch* batch = data;
+  char* workspace = batch->table[0] + part * kWorkspaceBytes;
+  int status = 0;
+  (void)group;
+  while (part < kParts && status == 0) {{
+    int64_t slice = __atomic_fetch_add(&batch->next, 1, __ATOMIC_RELAXED);
+    if (slice >= kSlices) break;
+    status = Slice(batch->table, workspace, slice);
+  }}
+  return status;
+}}
+
+PACKED(hone_run) {{
+  Batch batch = {{.table = arguments[0].pointer}};
+  Mode mode = Enter();
+  int status = kParts > 1 ? Launch(Slices, &batch, 0) : Slices(0, NULL, &batch);
   Leave(mode);
   return status;
 }}
 
 PACKED(hone_workspace_bytes) {{
-  return Integer(result, {plan.workspace_bytes});
+  return Integer(result, kWorkspaceBytes * kParts);
 }}
 
 PACKED(hone_signature) {{
@@ -97,6 +201,13 @@ PACKED(hone_signature) {{
   return Integer(result, (int64_t)(intptr_t)text);
 }}
 """
+
+
+def _whole(shape: Shape, slices: int) -> tuple[str, tuple[int, ...]]:
+    """Return the type and extents of an input or output of all slices."""
+    if slices == 1:
+        return shape.dtype, shape.extents
+    return shape.dtype, (slices * shape.extents[0], *shape.extents[1:])
 
 
 def _literal(text: str) -> str:

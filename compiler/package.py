@@ -30,6 +30,7 @@ from .packaging.manifest import (
     Manifest,
     MemoryEntry,
     ProvenanceEntry,
+    SlicesEntry,
     TargetEntry,
     Versions,
 )
@@ -84,6 +85,7 @@ class Package:
         needs_runtime_extra: bool = False,
         activations_bytes: int | None = None,
         costs: Mapping[str, CostEntry] | None = None,
+        slices: SlicesEntry | None = None,
         tuning: Mapping[str, bytes] = MappingProxyType({}),
     ) -> Package:
         """Compute the checksums and put a package together.
@@ -118,6 +120,8 @@ class Package:
             That the activations of a run share.
         costs : mapping of str to CostEntry, optional
             What each kernel does.
+        slices : SlicesEntry, optional
+            How a batch is cut, if it is.
         tuning : mapping of str to bytes
             Tuning records by file name, stored under ``tuning/``.
 
@@ -131,6 +135,8 @@ class Package:
         members = {LIBRARY: bytes(library), **to_members(signature, golden)}
         members |= {f"tuning/{name}": bytes(content) for name, content in tuning.items()}
         known: dict[str, object] = {} if costs is None else {"costs": dict(costs)}
+        if slices is not None:
+            known["slices"] = slices
         if activations_bytes is not None:
             given = sum(tensor.size_bytes for tensor in signature.inputs)
             known["memory"] = MemoryEntry(
@@ -190,6 +196,7 @@ class Package:
             needs_runtime_extra=manifest.needs_runtime_extra,
             activations_bytes=None if memory is None else memory.activations_bytes,
             costs=manifest.costs if "costs" in manifest.model_fields_set else None,
+            slices=manifest.slices,
             tuning=tuning,
         )
 

@@ -320,11 +320,25 @@ def build_executable(
         return relax.build(module, tvm_target, relax_pipeline=None, tir_pipeline=TIR_PIPELINE)
 
 
-def link(scheduled: tvm.IRModule, target: Target, *, threads: int) -> bytes:
+def link(
+    scheduled: tvm.IRModule, target: Target, *, threads: int, slices: int = 1, parts: int = 1
+) -> bytes:
     """Return the shared library of a scheduled module, for packages.
 
     It holds the kernels as plain functions, the code around them (`host_code`) and, for what has
     no plan and for profiling, the graph as code of TVM's virtual machine with the weights.
+
+    Parameters
+    ----------
+    scheduled : IRModule
+        Every function scheduled.
+    target : Target
+        What to generate code for.
+    threads : int
+        That the kernels were scheduled for.
+    slices, parts : int
+        How often a run calls ``main``, and how many threads do so side by side; see
+        `hone.slicing.Slicing`.
 
     Raises
     ------
@@ -336,7 +350,7 @@ def link(scheduled: tvm.IRModule, target: Target, *, threads: int) -> bytes:
     calls, memory, machine = finalize_stages()
     with tvm_target:
         planned = _run((calls, memory), scheduled)
-        plan = plan_of(planned)
+        plan = plan_of(planned, slices=slices, parts=parts)
         if plan is not None:
             planned.update_func(relax.GlobalVar(CONSTANTS), _constants(plan))
         module = apply(_run((machine,), planned), RawKernels())
@@ -349,7 +363,8 @@ def link(scheduled: tvm.IRModule, target: Target, *, threads: int) -> bytes:
         executable = relax.build(module, tvm_target, relax_pipeline=None, tir_pipeline=RAW_PIPELINE)
     with TemporaryDirectory(prefix="hone-") as folder:
         source, library = Path(folder, "host.c"), Path(folder, "lib.so")
-        source.write_text(host_source(kernels, plan), encoding="utf-8")
+        text = host_source(kernels, plan, slices=slices, parts=parts)
+        source.write_text(text, encoding="utf-8")
         executable.export_library(str(library), fcompile=linker.fcompile_with(source))
         return library.read_bytes()
 

@@ -66,19 +66,17 @@ class KernelCall:
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """An output that no kernel writes: an input, a constant, a part of another output.
+    """Content that no kernel puts where it belongs.
 
     Parameters
     ----------
-    output : int
-        Which one.
-    source : Place
-        Where its content is.
+    target, source : Place
+        Where to and where from.
     size_bytes : int
-        Of the output.
+        How much.
     """
 
-    output: int
+    target: Place
     source: Place
     size_bytes: int
 
@@ -106,20 +104,27 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One run.
+    """One run, or one slice of it.
 
     Parameters
     ----------
     inputs, outputs : tuple of Shape
-        In order.
+        In order; those of a slice.
     constants : tuple of GenericConst
         Weights, each once.
     workspace_bytes : int
         Of the memory that activations share.
+    loads : tuple of Copy
+        Before the first call: inputs whose slices do not all begin where kernels want them.
     calls : tuple of KernelCall
         In order.
     copies : tuple of Copy
-        After the last call.
+        After the last call: outputs that no kernel writes (an input, a constant, a part of another
+        output), or whose slices do not all begin where kernels want them.
+    slices : int
+        How often a run does all this; the n-th time with the n-th part of each input and output.
+    parts : int
+        How many threads do it side by side, each in a workspace of its own.
     """
 
     inputs: tuple[Shape, ...]
@@ -128,6 +133,9 @@ class Plan:
     workspace_bytes: int
     calls: tuple[KernelCall, ...]
     copies: tuple[Copy, ...]
+    loads: tuple[Copy, ...] = ()
+    slices: int = 1
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -156,23 +164,27 @@ _RESHAPE = Op.get("relax.reshape")
 _Value: TypeAlias = "_Storage | _Tensor | tuple[_Value, ...]"
 
 
-def plan_of(module: tvm.IRModule) -> Plan | None:
+def plan_of(module: tvm.IRModule, *, slices: int = 1, parts: int = 1) -> Plan | None:
     """Return the plan of ``main``, or None where it has none.
 
     Parameters
     ----------
     module : IRModule
         Storage planned, tensors passed by destination (after ``LowerAllocTensor``).
+    slices, parts : int
+        As for `Plan`; the module is that of one slice.
     """
     try:
-        return _Reader(module).read()
+        return _Reader(module, slices=slices, parts=parts).read()
     except _NoPlanError:
         return None
 
 
 class _Reader:
-    def __init__(self, module: tvm.IRModule) -> None:
+    def __init__(self, module: tvm.IRModule, *, slices: int, parts: int) -> None:
         self._module = module
+        self._slices = slices
+        self._parts = parts
         self._main = module["main"]
         self._values: dict[relax.Var, _Value] = {}
         self._storages: list[int] = []
@@ -258,44 +270,71 @@ class _Reader:
 
     def _place(self, outputs: Sequence[_Tensor]) -> Plan:
         """Give outputs the caller's memory where they fill a storage, and the rest a workspace."""
+        inputs = tuple(_shape(parameter.ty) for parameter in self._main.params)
         places: dict[int, Place] = {}
+        given = {index: Place(region=Region.INPUT, index=index) for index in range(len(inputs))}
         copies: list[tuple[int, _Tensor]] = []
         for index, tensor in enumerate(outputs):
             whole = (
                 tensor.region is Region.WORKSPACE
                 and tensor.index not in places
                 and tensor.shape.size_bytes == self._storages[tensor.index]
+                and self._aligned(tensor.shape)
             )
             if whole:
                 places[tensor.index] = Place(region=Region.OUTPUT, index=index)
             else:
                 copies.append((index, tensor))
         workspace_bytes = 0
+
+        def reserve(size_bytes: int) -> Place:
+            nonlocal workspace_bytes
+            place = Place(region=Region.WORKSPACE, offset_bytes=workspace_bytes)
+            workspace_bytes += -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            return place
+
         for number, size in enumerate(self._storages):
             if number not in places:
-                places[number] = Place(region=Region.WORKSPACE, offset_bytes=workspace_bytes)
-                workspace_bytes += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+                places[number] = reserve(size)
+        loads = []
+        for index, shape in enumerate(inputs):
+            if not self._aligned(shape):
+                target = reserve(shape.size_bytes)
+                loads.append(Copy(target=target, source=given[index], size_bytes=shape.size_bytes))
+                given[index] = target
         return Plan(
-            inputs=tuple(_shape(parameter.ty) for parameter in self._main.params),
+            inputs=inputs,
             outputs=tuple(tensor.shape for tensor in outputs),
             constants=tuple(self._constants),
             workspace_bytes=workspace_bytes,
+            loads=tuple(loads),
             calls=tuple(
                 KernelCall(
-                    kernel=kernel, places=tuple(_placed(tensor, places) for tensor in tensors)
+                    kernel=kernel,
+                    places=tuple(_placed(tensor, places, given) for tensor in tensors),
                 )
                 for kernel, tensors in self._calls
             ),
             copies=tuple(
                 Copy(
-                    output=index, source=_placed(tensor, places), size_bytes=tensor.shape.size_bytes
+                    target=Place(region=Region.OUTPUT, index=index),
+                    source=_placed(tensor, places, given),
+                    size_bytes=tensor.shape.size_bytes,
                 )
                 for index, tensor in copies
             ),
+            slices=self._slices,
+            parts=self._parts,
         )
 
+    def _aligned(self, shape: Shape) -> bool:
+        """Say whether every slice of an input or output begins where kernels want it."""
+        return self._slices == 1 or shape.size_bytes % ALIGNMENT_BYTES == 0
 
-def _placed(tensor: _Tensor, storages: Mapping[int, Place]) -> Place:
+
+def _placed(tensor: _Tensor, storages: Mapping[int, Place], inputs: Mapping[int, Place]) -> Place:
+    if tensor.region is Region.INPUT:
+        return inputs[tensor.index]
     if tensor.region is not Region.WORKSPACE:
         return Place(region=tensor.region, index=tensor.index)
     storage = storages[tensor.index]

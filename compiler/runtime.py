@@ -112,6 +112,16 @@ class Runner:
         """Whether runs do without the virtual machine, since all of their memory is planned."""
         return self._code.planned is not None
 
+    @property
+    def slices(self) -> int:
+        """Slices of a batch in a run; 1 where threads share every kernel."""
+        return self._code.slices
+
+    @property
+    def abreast(self) -> int:
+        """Slices that are on their way at once, each on a thread of its own."""
+        return self._code.parts
+
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model once.
 

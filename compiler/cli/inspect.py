@@ -48,6 +48,7 @@ def _inspect_package(file: Path, as_json: bool) -> None:
             ("package", file),
             ("target", f"{target.name} ({target.triple})"),
             ("threads", target.threads),
+            *_slices(package),
             ("precision", manifest.precision),
             ("weights", output.size(manifest.weights_bytes)),
             *_memory(package),
@@ -63,6 +64,18 @@ def _inspect_package(file: Path, as_json: bool) -> None:
     click.echo()
     rows = [(kernel, " ".join(layers)) for kernel, layers in manifest.kernels.items()]
     output.table(("kernel", "layers"), rows)
+
+
+def _slices(package: Package) -> list[tuple[str, object]]:
+    slices = package.manifest.slices
+    if slices is None:
+        return []
+    return [
+        (
+            "batch",
+            f"{slices.count} slices of {slices.samples}, {slices.parts} threads take one each",
+        )
+    ]
 
 
 def _memory(package: Package) -> list[tuple[str, object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ _POOLED = 2  # AllocatorType::kPooled of tvm/runtime/memory/memory_manager.h
 
 class LoadedCode:
     """The mapped library: its plan, if it has one, and its virtual machine.
+
+    A run is ``slices`` calls of the virtual machine's ``main``, each with its part of the inputs;
+    the plan makes ``parts`` of them at once.
 
     Parameters
     ----------
@@ -73,6 +77,10 @@ class LoadedCode:
             self.weights = tuple(machine["hone_constants"]())
             workspace_bytes = function("hone_workspace_bytes")()
         self.workspace = aligned_empty((workspace_bytes,), np.dtype(np.uint8))
+        count, parts = (runtime.function(library, f"hone_{name}") for name in ("slices", "parts"))
+        # Packages of an older hone have neither function, and no slices.
+        self.slices: int = 1 if count is None else count()
+        self.parts: int = 1 if parts is None else min(parts(), threads)
 
     def watch(self, instrument: Callable[..., Any] | None) -> None:
         """Let the virtual machine run from now on, and call this; None ends that."""
@@ -94,8 +102,12 @@ class BoundRun:
         self._code = code
         self._inputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.inputs]
         self._slots = [(s.name, a) for s, a in zip(signature.inputs, self._inputs, strict=True)]
+        # What the virtual machine is given: the inputs, or a copy of one slice of them.
+        self._given = self._inputs
+        if code.slices > 1:
+            self._given = [aligned_empty(a[: _rows(a, code)].shape, a.dtype) for a in self._inputs]
         self._tensors = [
-            code.from_dlpack(array, require_alignment=ALIGNMENT_BYTES) for array in self._inputs
+            code.from_dlpack(array, require_alignment=ALIGNMENT_BYTES) for array in self._given
         ]
         self._result: Any = None
         self._outputs: list[np.ndarray] = []
@@ -137,14 +149,38 @@ class BoundRun:
         if code.planned is not None and not code.watched:
             code.planned(self._table)
             self._result = None
-        else:
+        elif code.slices == 1:
             self._result = code.main(*self._tensors)
+        else:
+            self._result = [self._slice(number) for number in range(code.slices)]
 
     def outputs(self) -> dict[str, np.ndarray]:
         """Copy what the last call returned."""
         if self._result is None:
             return {name: array.copy() for name, array in self._results}
-        return _collect(self._result, self._code.signature.outputs)
+        specs = self._code.signature.outputs
+        if self._code.slices == 1:
+            return _collect(self._result, specs)
+        return {
+            spec.name: np.concatenate([outputs[spec.name] for outputs in self._result])
+            for spec in specs
+        }
+
+    def _slice(self, number: int) -> dict[str, np.ndarray]:
+        """Let the virtual machine run one slice, and copy what it returns."""
+        code = self._code
+        for given, whole in zip(self._given, self._inputs, strict=True):
+            rows = _rows(whole, code)
+            given[...] = whole[number * rows : (number + 1) * rows]
+        specs = [
+            replace(spec, shape=(spec.shape[0] // code.slices, *spec.shape[1:]))
+            for spec in code.signature.outputs
+        ]
+        return _collect(code.main(*self._tensors), specs)
+
+
+def _rows(array: np.ndarray, code: LoadedCode) -> int:
+    return int(array.shape[0]) // code.slices
 
 
 def _check_signature(signature: Signature, code: Mapping[str, Sequence[Any]]) -> None:

@@ -224,6 +224,24 @@ class MemoryEntry(_Entry):
     peak_bytes: NonNegativeInt
 
 
+class SlicesEntry(_Entry):
+    """How a batch is run that threads share by its samples, not kernel by kernel.
+
+    Parameters
+    ----------
+    count : int
+        Slices of a run; each passes all layers before the same thread takes another one.
+    samples : int
+        Of one slice.
+    parts : int
+        Slices that are on their way at once, one on each thread.
+    """
+
+    count: PositiveInt
+    samples: PositiveInt
+    parts: PositiveInt
+
+
 class Manifest(_Entry):
     """The contents of ``manifest.json``.
 
@@ -245,6 +263,8 @@ class Manifest(_Entry):
         Bytes of the weights as the library stores them, packing and padding included.
     memory : MemoryEntry or None
         Of one run; None in a package of an older hone.
+    slices : SlicesEntry or None
+        None where all threads share the kernels of the whole batch.
     kernels : dict of str to tuple of str
         Layer ids that each kernel computes.
     costs : dict of str to CostEntry
@@ -269,6 +289,7 @@ class Manifest(_Entry):
     needs_runtime_extra: bool
     weights_bytes: NonNegativeInt
     memory: MemoryEntry | None = None
+    slices: SlicesEntry | None = None
     kernels: dict[str, tuple[str, ...]]
     costs: dict[str, CostEntry] = {}
     recipe: dict[str, JsonValue]
@@ -295,7 +316,7 @@ class Manifest(_Entry):
     def to_json(self) -> bytes:
         """Return the canonical text: sorted keys, two spaces, ASCII, one final newline."""
         data = self.model_dump(mode="json", by_alias=True)
-        for name in ("memory", "costs"):
+        for name in ("memory", "slices", "costs"):
             if name not in self.model_fields_set:
                 del data[name]  # written by a hone that knew nothing of it
         text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False)

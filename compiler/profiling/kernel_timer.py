@@ -96,7 +96,8 @@ class Timing:
     Parameters
     ----------
     call_s : ndarray
-        ``[runs, calls]`` seconds of each call, less `timer_s`.
+        ``[runs, calls]`` seconds of each call, less `timer_s`. The virtual machine runs the slices
+        of a batch one after the other: divided by how many a run makes at once.
     run_s : ndarray
         ``[rounds]`` seconds of a run that nobody watched, the median of each round.
     watched_rounds : ndarray
@@ -159,7 +160,9 @@ def trace(runner: Runner, inputs: Mapping[str, np.ndarray]) -> Trace:
             "only a model whose kernels are called one after the other can be profiled; "
             "this one calls functions of its own"
         )
-    return Trace(calls=tuple(calls), storage_bytes=sum(storage))
+    # Every slice of a batch allocates again, and those that run at once do so side by side.
+    storage_bytes = sum(storage) // runner.slices * runner.abreast
+    return Trace(calls=tuple(calls), storage_bytes=storage_bytes)
 
 
 def _operand(tensor: Any, *, weight: bool) -> Operand:
@@ -252,7 +255,7 @@ def time_calls(
     intervals = np.diff(np.array(watched, np.int64).reshape(len(watched), -1), axis=1) * 1e-9
     timer = float(np.median(intervals, axis=0).min())
     return Timing(
-        call_s=np.maximum(intervals[:, ::2] - timer, 0.0),
+        call_s=np.maximum(intervals[:, ::2] - timer, 0.0) / runner.abreast,
         run_s=np.array(plain) * 1e-9,
         watched_rounds=np.array(rounds),
         timer_s=timer,

@@ -89,6 +89,9 @@ def idle_layers(
     model: Model, version: Version, *, threads: int, sample: Mapping[str, np.ndarray]
 ) -> list[Layer]:
     """Return the layers that can be split whose kernels leave threads idle, the slowest first."""
+    slicing = version.assembled.slicing
+    if slicing.parts > 1:
+        return []  # every thread has a slice of the batch of its own
     shares = busy_shares(version.assembled.scheduled.module, threads)
     calls = call_times(version.runner, sample, version.assembled.lowered, seconds=TIMING_S)
     whole_us = sum(call.us for call in calls)

@@ -89,16 +89,10 @@ def test_a_tensor_stands_in_the_middle_of_its_storage() -> None:
     ]
     plan = planned(model(nodes, {"x": [1, 16, 28, 28]}, {"y": [1, 16, 7, 7]}))
     places = [call.places[-1] for call in plan.calls if call.places[-1].region is Region.WORKSPACE]
-    first, second = 4 * 16 * 28 * 28, 4 * 16 * 14 * 14
-    assert [place.offset_bytes for place in places] == [
-        0,
-        first,
-        (first - second) // 2,
-        first,
-        (first - second) // 2,
-        first + (second - second // 4) // 2 // 64 * 64,
-        (first - second // 4) // 2 // 64 * 64,
-    ]
+    size = 4 * 16 * 14 * 14
+    middle = (size - size // 4) // 2 // 64 * 64
+    offsets = [place.offset_bytes for place in places]
+    assert offsets == [0, size, 0, size + middle, middle]
 
 
 def test_outputs_that_no_kernel_writes_are_copied() -> None:
@@ -112,10 +106,11 @@ def test_outputs_that_no_kernel_writes_are_copied() -> None:
     assert plan is not None
     assert len(plan.constants) == 1
     constant = Place(region=Region.CONSTANT)
+    outputs = [Place(region=Region.OUTPUT, index=index) for index in range(3)]
     assert plan.copies == (
-        Copy(output=0, source=Place(region=Region.INPUT), size_bytes=24),
-        Copy(output=1, source=constant, size_bytes=16),
-        Copy(output=2, source=constant, size_bytes=16),
+        Copy(target=outputs[0], source=Place(region=Region.INPUT), size_bytes=24),
+        Copy(target=outputs[1], source=constant, size_bytes=16),
+        Copy(target=outputs[2], source=constant, size_bytes=16),
     )
     assert plan.calls == ()
 
