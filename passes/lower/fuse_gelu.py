@@ -71,7 +71,8 @@ def _argument(graph: Dataflow, expr: relax.Expr) -> relax.Expr | None:
 def _match(graph: Dataflow, var: relax.Var) -> tuple[relax.Expr, float] | None:
     """Return x and what its gelu is multiplied with."""
     call = graph.call(var)
-    if call is None or str(call.ty.dtype) != "float32":
+    # A split has a tuple for its type.
+    if call is None or not isinstance(call.ty, relax.TensorType) or str(call.ty.dtype) != "float32":
         return None
     product = _Product(tensors=[])
     _collect(graph, var, product, top=True)
