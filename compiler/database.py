@@ -262,6 +262,8 @@ class Database(RecordFiles):
             for record, verdict in verdicts.items()
         }
         lines |= {journal.dumps([point, option]) for point, option in self.lowerings().items()}
+        if self.threads > 1 and (alone := self.of_threads(1)).folder.exists():
+            lines.add(alone.fingerprint().encode())  # read where threads take slices of a batch
         return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
 
     def as_tvm(self) -> meta_schedule.database.Database:

@@ -24,6 +24,7 @@ from .model import Model
 from .package import Package
 from .progress import Progress, silent
 from .quantized import Wanted
+from .slicing import slice_batch
 from .steps.options.half import HalfOptions
 from .steps.options.int8 import Int8Step
 
@@ -223,6 +224,8 @@ def search(
 ) -> TuneResult:
     """Tune the kernels that `assemble` compiles; see `tune`.
 
+    Those of a batch in slices run on one thread: their records are kept as such.
+
     Raises
     ------
     ToolchainError
@@ -237,6 +240,9 @@ def search(
     from .tuning.choices import tune_lowerings
 
     model, _, _ = in_integers(model)
+    slicing = slice_batch(model.module, target, threads=threads, decided=database.lowerings())
+    model, threads = model.with_module(slicing.module), slicing.threads
+    database = database.of_threads(threads)
     lowering = None
     if seconds >= LEAST_LOWERING_S:
         lowering = tune_lowerings(

@@ -14,14 +14,17 @@ from onnx import TensorProto, helper, numpy_helper
 from tvm import relax
 
 import hone
-from hone import models, parity, pipeline, profile, runtime, slicing
+from hone import models, parity, pipeline, profile, runtime, slicing, tune
 from hone.assembling import Assembled, assemble
+from hone.database import Database
 from hone.driver import compile as compile_model
+from hone.driver import search
 from hone.packaging import loaded_code
 from hone.passes.apply import apply
 from hone.passes.graph.rebatch import Rebatch
 from hone.plan import Copy, Place, Region, plan_of
 from hone.profiling.call_times import call_times
+from hone.progress import silent
 from hone.slicing import slice_batch
 from hone.steps.split_parallel import idle_layers
 from hone.targets.target import resolve
@@ -330,3 +333,31 @@ def test_rebatched_module_is_that_of_a_slice(images) -> None:
     model = digits(6)
     want = apply(model.module, Rebatch(2))
     tvm.ir.assert_structural_equal(built(model).slicing.module, want)
+
+
+# --- records ---------------------------------------------------------------------------------
+
+
+def test_records_of_slices_are_those_of_one_thread(tmp_path, images, monkeypatch) -> None:
+    images(1)
+    asked = []
+
+    def searched(module, _target, *, threads, database, **_):
+        asked.append((module, threads, database.threads))
+        return tune.TuneResult(
+            trials=0, records=0, kernels=(), elapsed_s=0.0, first_record_s=None, quarantined=(),
+            exhausted=True,
+        )  # fmt: skip
+
+    monkeypatch.setattr(tune, "tune", searched)
+    database = Database(tmp_path, HOST, threads=2)
+    before = database.fingerprint()
+    search(digits(4), HOST, threads=2, seconds=1.0, database=database, progress=silent())
+    ((module, threads, of_threads),) = asked
+    assert (threads, of_threads) == (1, 1)
+    tvm.ir.assert_structural_equal(module, built(digits(4)).lowered)
+    alone = database.of_threads(1)
+    with alone.writing():
+        alone.add_lowering("point", "option", tried=["option"])
+    assert database.fingerprint() != before
+    assert database.of_threads(2) is database
