@@ -5,6 +5,7 @@ What ``hone compile`` and ``hone tune`` do.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +33,14 @@ if TYPE_CHECKING:
     import tvm
 
     from .tune import TuneResult
+    from .tuning.choices import LoweringResult
 
-# Of a tuning budget, for the ways to lower layers, which come before the schedules; and the least
-# budget that leaves it time for more than its start.
-LOWERING_SHARE = 0.3
-LEAST_LOWERING_S = 60.0
+# Of a tuning budget, for the ways to lower layers, which come before the schedules, and as long as
+# anything is left of them once more behind; and the least that leaves it, or schedules, time for
+# more than the start.
+LOWERING_SHARE = 0.5
+LEAST_LOWERING_S = 45.0
+LEAST_TURN_S = 20.0
 
 
 def compile(
@@ -243,25 +247,47 @@ def search(
     slicing = slice_batch(model.module, target, threads=threads, decided=database.lowerings())
     model, threads = model.with_module(slicing.module), slicing.threads
     database = database.of_threads(threads)
-    lowering = None
-    if seconds >= LEAST_LOWERING_S:
-        lowering = tune_lowerings(
-            model.module,
-            target,
-            threads=threads,
-            budget_s=LOWERING_SHARE * seconds,
-            database=database,
-            compact=compact,
-            progress=progress,
-        )
-        seconds -= lowering.elapsed_s
-    lowered: tvm.IRModule = pipeline.lower(
-        model.module, target, threads=threads, compact=compact, decided=database.lowerings()
-    )
-    result = tune_kernels(
-        lowered, target, threads=threads, budget_s=seconds, database=database, progress=progress
-    )
+    deadline = time.monotonic() + seconds
+    lowering: LoweringResult | None = None
+    result: TuneResult | None = None
+    while result is None or _goes_on(lowering, deadline):
+        before = database.lowerings()
+        left = deadline - time.monotonic()
+        if left >= LEAST_LOWERING_S:
+            found = tune_lowerings(
+                model.module,
+                target,
+                threads=threads,
+                budget_s=left * (LOWERING_SHARE if lowering is None else 1.0),
+                database=database,
+                compact=compact,
+                progress=progress,
+            )
+            lowering = found if lowering is None else lowering.followed_by(found)
+            left = deadline - time.monotonic()
+        if result is None or (database.lowerings() != before and left > LEAST_TURN_S):
+            lowered: tvm.IRModule = pipeline.lower(
+                model.module, target, threads=threads, compact=compact, decided=database.lowerings()
+            )
+            result = tune_kernels(
+                lowered,
+                target,
+                threads=threads,
+                budget_s=left,
+                database=database,
+                progress=progress,
+            )
+    left = deadline - time.monotonic()
+    if left > LEAST_TURN_S and result.exhausted and (lowering is None or lowering.exhausted):
+        progress.log(f"nothing is left to try: {left:.0f} of {seconds:.0f} s were not needed")
     return replace(result, lowering=lowering)
+
+
+def _goes_on(lowering: LoweringResult | None, deadline: float) -> bool:
+    """Say whether ways to lower layers are left to try, and time to do so."""
+    if lowering is None or lowering.exhausted or lowering.failure:
+        return False
+    return deadline - time.monotonic() >= LEAST_LOWERING_S
 
 
 def tune(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ class LoweringResult:
     Parameters
     ----------
     choices, tried : int
-        Alternatives to the model's own choices, and how many of them were timed in the model.
+        Alternatives to the model's own choices, and how many changes were timed in the model:
+        some of them are of several choices at once.
     decided : dict of str to str
         Those that are used from now on, by point.
     speedup : float or None
@@ -49,6 +50,15 @@ class LoweringResult:
     exhausted: bool
     elapsed_s: float
     failure: str = ""
+
+    def followed_by(self, later: LoweringResult) -> LoweringResult:
+        """Return what this session and one behind it did together."""
+        return replace(
+            later,
+            tried=self.tried + later.tried,
+            elapsed_s=self.elapsed_s + later.elapsed_s,
+            speedup=self.speedup if later.speedup is None else later.speedup,
+        )
 
 
 def tune_lowerings(
@@ -171,10 +181,16 @@ class _Follower:
         if kind == "start":
             self.choices = int(message["choices"])
         elif kind == "trial":
-            self.tried.setdefault(message["point"], []).append(message["option"])
-            if message.get("kept"):
+            options = self.tried.setdefault(message["point"], [])
+            if message["option"] not in options:
+                options.append(message["option"])
+            if message["kept"]:
                 gain = message["default_s"] / message["seconds"]
-                self._log(f"{message['point']}: {message['option']} is {gain:.2f} times as fast")
+                saved_us = 1e6 * (message["default_s"] - message["seconds"])
+                self._log(
+                    f"{message['point']}: {message['option']} is {gain:.3f} times as fast, "
+                    f"{saved_us:.0f} us of a run"
+                )
         elif kind == "failed":
             self.failure = str(message["reason"])
         elif kind == "done":
@@ -182,6 +198,11 @@ class _Follower:
             self.decided = dict(message["decided"])
             self.speedup = message["speedup"]
             self.exhausted = bool(message["exhausted"])
+            if self.decided:
+                text = f"{len(self.decided)} layers are lowered in another way"
+                if self.speedup is not None:
+                    text += f": {self.speedup:.3f} times as fast as a whole"
+                self._log(text)
 
     def detail(self) -> str:
         """Say where the search stands."""

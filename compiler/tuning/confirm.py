@@ -2,23 +2,29 @@
 
 A kernel that runs in a loop of its own finds its weights and inputs in the caches and its threads
 awake; between its neighbours it does not. So every record has to beat the untuned kernel once more
-inside the model, and all of them together have to make the whole model faster. Nothing here knows
+inside the model, and all of them together must not make the whole model slower. Nothing here knows
 TVM: what runs the model is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from hone.measure import Measurement, Outcome, Speedup
+from hone.measure import LEAST_ROUNDS, Measurement, Speedup
 
 UNTUNED, RECORD = "untuned", "record"
 """The contenders of each kernel's measurement."""
 
-CONFIRMED, ALL = "confirmed", "all"
-"""The contenders of the whole model's measurement, beside `UNTUNED`."""
+LEAST_GAIN = 1.005
+"""What is less is not worth a decision: clocks around each kernel show it, nobody else."""
+
+HOPELESS = 0.97
+"""When no round of the first few was better than this, no further ones are needed."""
+
+NARROW = 1.005
+"""Ratio of the ends of an interval that more rounds would hardly make narrower."""
 
 Choice = Mapping[str, int]
 """Kernel to the number of its candidate; a kernel that is missing is untuned."""
@@ -46,16 +52,30 @@ class Views:
 
     def faster(self, name: str, *, over: str) -> bool:
         """Say whether a contender is faster when the machine is quiet, and no slower otherwise."""
-        return (
-            self.quiet.speedup(name, over=over).outcome is Outcome.FASTER
-            and self.typical.speedup(name, over=over).outcome is not Outcome.SLOWER
-        )
+        quiet = self.quiet.speedup(name, over=over)
+        typical = self.typical.speedup(name, over=over)
+        shown = quiet.rounds >= LEAST_ROUNDS and quiet.ci95[0] > 1 and quiet.ratio > LEAST_GAIN
+        return shown and typical.ci95[1] >= 1
+
+    def slower(self, name: str, *, over: str) -> bool:
+        """Say whether a contender is slower beyond noise."""
+        quiet = self.quiet.speedup(name, over=over)
+        limit = 1 / LEAST_GAIN if quiet.rounds >= LEAST_ROUNDS else HOPELESS
+        return quiet.ci95[1] < limit
+
+    def settled(self, name: str, *, over: str) -> bool:
+        """Say whether more rounds would hardly change what `faster` says."""
+        quiet = self.quiet.speedup(name, over=over)
+        low, high = quiet.ci95
+        if quiet.rounds < LEAST_ROUNDS:
+            return high < HOPELESS
+        return low > LEAST_GAIN or high < LEAST_GAIN or high / low < NARROW
 
 
 class Stage(Protocol):
     """Something that runs the model with some of its kernels replaced.
 
-    Both methods raise `OutOfTime` when there is not enough of it.
+    All methods raise `OutOfTime` when there is not enough of it.
     """
 
     def kernels(self, choice: Choice) -> Mapping[str, Views]:
@@ -66,8 +86,15 @@ class Stage(Protocol):
         """
         ...
 
+    def pair(self, before: Choice, after: Choice) -> Views:
+        """Time the calls in which two choices differ and those behind them, in turns.
+
+        The contenders are `UNTUNED`, with the choice before, and `RECORD`.
+        """
+        ...
+
     def whole(self, choices: Mapping[str, Choice]) -> Views:
-        """Time whole runs that nobody watches, one contender per choice."""
+        """Time whole runs, one contender per choice."""
         ...
 
 
@@ -98,6 +125,11 @@ class Trial:
         """How many times faster than the untuned kernel of the same runs."""
         return self.untuned_s / self.seconds
 
+    @property
+    def saved_s(self) -> float:
+        """Seconds less in one run."""
+        return self.untuned_s - self.seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmation:
@@ -127,16 +159,20 @@ def _trial(kernel: str, candidate: int, views: Views) -> Trial:
 
 
 def confirm(
-    stage: Stage, candidates: Mapping[str, int], say: Callable[[str], None]
+    stage: Stage,
+    candidates: Mapping[str, int],
+    say: Callable[[str], None],
+    *,
+    decide: bool = True,
 ) -> Confirmation:
     """Try candidates inside the model.
 
-    Each kernel's best candidate is timed inside the model in turns with the untuned kernel, then
+    Each kernel's first candidate is timed inside the model in turns with the untuned kernel, then
     the second one, and so on, while time permits: the order in isolation is not the order there.
-    Of those that are faster outside noise the fastest is chosen. At last the whole model is timed
-    with the chosen ones, and with every kernel's best one, since an instrument that watches
-    kernels of a microsecond disturbs them. What makes the whole model faster outside noise stays;
-    otherwise nothing does.
+    The fastest one of each kernel is tried once more, without those of other kernels, together
+    with the calls behind it, until it is clear whether it is faster. At last the whole model is
+    timed: what has made its kernels faster stays unless it makes the whole slower; while it does,
+    the candidate that saved least goes.
 
     Parameters
     ----------
@@ -145,7 +181,9 @@ def confirm(
     candidates : mapping of str to int
         How many candidates each kernel has, best first.
     say : callable
-        Is told what is going on.
+        Is told what is going on; nothing where it goes on as before.
+    decide : bool
+        Whether to end with what is to be used; else all that seem faster are kept.
 
     Returns
     -------
@@ -157,60 +195,65 @@ def confirm(
         The time does not suffice for any conclusion.
     """
     trials: dict[tuple[str, int], Trial] = {}
-    chosen: dict[str, int] = {}
-    best: dict[str, int] = {}
-    for number in range(max(candidates.values(), default=0)):
+    best: dict[str, Trial] = {}
+    ranks = max(candidates.values(), default=0)
+    say(f"trying up to {ranks} candidates of each of {len(candidates)} kernels inside the model")
+    for number in range(ranks):
         trying = {kernel: number for kernel, count in candidates.items() if count > number}
-        say(f"trying the records of {len(trying)} kernels inside the model, rank {number + 1}")
+        say("")
         try:
-            measured = stage.kernels({**chosen, **trying})
+            measured = stage.kernels(trying)
         except OutOfTime:
             if not number:
                 raise
-            say("no time is left for records of this rank")
+            say(f"no time is left for candidates of rank {number + 1} and behind")
             break
         for kernel in trying:
             if kernel not in measured:
                 continue
             trials[kernel, number] = trial = _trial(kernel, number, measured[kernel])
-            if kernel not in best or trial.gain > trials[kernel, best[kernel]].gain:
-                best[kernel] = number
-            if trial.kept and (
-                kernel not in chosen or trial.gain > trials[kernel, chosen[kernel]].gain
-            ):
-                chosen[kernel] = number
-    say("comparing the whole models")
-    everything = {**best, **chosen}
-    choices: dict[str, Choice] = {UNTUNED: {}}
-    if chosen:
-        choices[CONFIRMED] = chosen
-    if everything and everything != chosen:
-        choices[ALL] = everything
-    winner, speedup = _best(stage.whole(choices)) if len(choices) > 1 else (UNTUNED, None)
-    used = choices[winner]
+            if trial.gain > max(LEAST_GAIN, best[kernel].gain if kernel in best else 0.0):
+                best[kernel] = trial
+    if not decide:
+        return Confirmation(trials=tuple(trials.values()), speedup=None)
+    used, speedup = _settled(stage, _alone(stage, best, say), say)
     return Confirmation(
         trials=tuple(
-            Trial(
-                kernel=kernel,
-                candidate=candidate,
-                kept=used.get(kernel) == candidate,
-                seconds=trial.seconds,
-                untuned_s=trial.untuned_s,
-            )
+            replace(trial, kept=kernel in used and used[kernel].candidate == candidate)
             for (kernel, candidate), trial in trials.items()
         ),
         speedup=speedup,
     )
 
 
-def _best(views: Views) -> tuple[str, Speedup | None]:
-    """Return the contender to keep: the confirmed one unless another is faster outside noise."""
-    faster = [
-        name for name in views.quiet.seconds if name != UNTUNED and views.faster(name, over=UNTUNED)
-    ]
-    if not faster:
-        return UNTUNED, None
-    winner = faster[0]
-    if len(faster) > 1 and views.faster(ALL, over=CONFIRMED):
-        winner = ALL
-    return winner, views.quiet.speedup(winner, over=UNTUNED)
+def _alone(stage: Stage, best: Mapping[str, Trial], say: Callable[[str], None]) -> dict[str, Trial]:
+    """Return the candidates that are faster on top of one another, the calls behind included."""
+    used: dict[str, Trial] = {}
+    if best:
+        say(f"trying the faster candidates of {len(best)} kernels one by one")
+    for kernel, trial in sorted(best.items(), key=lambda item: -item[1].saved_s):
+        before = {name: other.candidate for name, other in used.items()}
+        say("")
+        try:
+            measured = stage.pair(before, {**before, kernel: trial.candidate})
+        except OutOfTime:
+            say("no time is left to try the others")
+            break
+        if measured.faster(RECORD, over=UNTUNED):
+            used[kernel] = trial
+    return used
+
+
+def _settled(
+    stage: Stage, used: dict[str, Trial], say: Callable[[str], None]
+) -> tuple[dict[str, Trial], Speedup | None]:
+    """Return what does not make the whole model slower, and its speedup."""
+    while used:
+        say("comparing the whole models")
+        choice = {kernel: trial.candidate for kernel, trial in used.items()}
+        measured = stage.whole({UNTUNED: {}, RECORD: choice})
+        if not measured.slower(RECORD, over=UNTUNED):
+            return used, measured.quiet.speedup(RECORD, over=UNTUNED)
+        weakest = min(used, key=lambda kernel: used[kernel].saved_s)
+        used = {kernel: trial for kernel, trial in used.items() if kernel != weakest}
+    return {}, None

@@ -11,11 +11,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 def threads_of_process() -> list[int]:
     """Return the ids of this process's threads, the main one first."""
     return sorted(int(name) for name in os.listdir("/proc/self/task"))
+
+
+def workers(name: str) -> list[int]:
+    """Return the ids of the main thread and of the threads of this process with a name."""
+    main, *others = threads_of_process()
+    return [main, *(thread for thread in others if _name(thread) == name)]
+
+
+def _name(thread: int) -> str:
+    try:
+        return Path(f"/proc/self/task/{thread}/comm").read_text(encoding="utf-8").strip()
+    except OSError:  # it ended meanwhile
+        return ""
 
 
 def pin(threads: list[int]) -> None:

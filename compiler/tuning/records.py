@@ -26,12 +26,12 @@ WORTHWHILE = 0.98
 """A record is used when it takes at most this share of the untuned time: below it is noise."""
 
 
-NEARLY = 0.99
-"""A record is tried inside the model when it takes at most this share of the untuned time."""
+NEARLY = 1.03
+"""A record is tried inside the model when it takes at most this share of the untuned time in
+isolation, where the order is another one."""
 
-CONTENDERS = 5
-"""Records of a kernel that are tried inside the model: among so many that are nearly equal in
-isolation the best one there is usually found."""
+CONTENDERS = 10
+"""Records of a kernel that are tried inside the model, as far as the time suffices."""
 
 
 class Verdict(StrEnum):

@@ -1,47 +1,49 @@
-"""A compiled model that can be run with other kernels, and clocks for it.
+"""Clocks for versions of a model: in turns, each round in other memory, until it is clear.
 
-A kernel that is compiled alone is put before those of the model: the virtual machine takes the
-first function of a name that it finds. Versions of a model are timed in turns.
+A round runs one block of each version; ratios are taken round by round. Two loads of one package
+differ by 2 to 5%, since their pages lie elsewhere: so all tensors move between rounds. A kernel's
+own clock shows a gain of 3% of it, which the whole run would hide.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from difflib import SequenceMatcher
 
 import numpy as np
-import tvm
-from tvm import relax, tirx
 
-from hone.measure import LEAST_ROUNDS, SETTLE_S, Measurement, Rounds
-from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
-from hone.profiling.kernel_timer import BUILTIN, clock_reader
+from hone.measure import LEAST_ROUNDS, Measurement, Rounds
 
 from .confirm import OutOfTime, Views
+from .versions import Version, Versions
 
 BLOCK_S = 0.01
-LONGEST_BLOCK_S = 0.05
-"""Length of one block of runs, and the length at which it ends early: on a busy machine, a kernel
-whose threads wait for one that does not run takes a thousand times as long."""
+"""Length of one block of runs."""
 
-MEASURE_S = 1.5
+MEASURE_S = 8.0
 MEASURE_SHARE = 0.25
-"""About how long a comparison takes: this, or a share of the time that is left."""
+"""How long a comparison may take: this, or a share of the time that is left."""
 
-PROFILE_S = 0.3
+PROFILE_S = 0.5
 
 PROBES = 5
 """Runs that tell how long one takes."""
 
+SCREEN_ROUNDS = 12
+"""Of a comparison that only ranks."""
+
 QUIET = 0.1
 """Quantile of a block's runs that shows a quiet machine."""
 
-ONCE = Rounds(rounds=1, runs=1, warmup=0)
-
 RUNS = (3, 200)
-ROUNDS = (8, 60)
-"""Least and most runs of a block, and blocks of a comparison, as planned."""
+ROUNDS = (LEAST_ROUNDS, 60)
+"""Least and most runs of a block, and rounds of a comparison."""
+
+FIRST_LOOK = 3
+LOOKS = 1.5
+"""A comparison is looked at after so many rounds, after the least that decide something, and then
+each time that there are so many times more: the more looks, the more differences by chance."""
 
 
 def plan(run_s: float, contenders: int, seconds: float) -> Rounds:
@@ -58,126 +60,58 @@ def plan(run_s: float, contenders: int, seconds: float) -> Rounds:
     """
     runs = min(max(int(BLOCK_S / run_s), RUNS[0]), RUNS[1])
     warmup = 1 + runs // 4
-    block_s = SETTLE_S + (runs + warmup) * run_s
+    block_s = (runs + warmup) * run_s
     rounds = min(max(int(seconds / (contenders * block_s)), ROUNDS[0]), ROUNDS[1])
     return Rounds(rounds=rounds, runs=runs + warmup, warmup=warmup)
 
 
-class Version:
-    """A model with some kernels replaced, loaded.
-
-    Parameters
-    ----------
-    program : VMExecutable
-        From `executable`.
-    inputs : sequence of Tensor
-        What it is run on.
-    """
-
-    def __init__(self, program: relax.VMExecutable, inputs: Sequence[tvm.runtime.Tensor]) -> None:
-        self._machine = relax.VirtualMachine(program, tvm.cpu())
-        self._main = self._machine["main"]
-        self._inputs = inputs
-        self._ticks: list[int] = []
-        self._clock = clock_reader(self._ticks)
-
-    def run(self) -> None:
-        """Run it once."""
-        self._main(*self._inputs)
-
-    def names(self) -> list[str]:
-        """Return the function of each call of a run."""
-        names: list[str] = []
-
-        def note(_function: Any, name: str, before: bool, _result: Any, *_arguments: Any) -> None:
-            if before:
-                names.append(name)
-
-        self._machine.set_instrument(note)
-        self.run()
-        self._machine.set_instrument(None)
-        return names
-
-    def watch(self, rounds: Rounds) -> np.ndarray:
-        """Return ``[runs, calls]`` of one block: seconds of every call."""
-        rows: list[tuple[int, ...]] = []
-
-        def run() -> None:
-            self._ticks.clear()
-            self.run()
-            rows.append(tuple(self._ticks))
-
-        self._machine.set_instrument(self._clock)
-        kept = len(block(run, rounds))
-        self._machine.set_instrument(None)
-        return np.diff(np.array(rows[-kept:], np.int64), axis=1)[:, ::2] * 1e-9
-
-    def probe(self) -> tuple[float, float]:
-        """Return the seconds of one run, and of one run under the instrument."""
-        probes = Rounds(rounds=1, runs=PROBES + 1, warmup=1)
-        watched = block(lambda: self.watch(ONCE), probes)
-        return float(np.median(self.clock(probes))), float(np.median(watched))
-
-    def clock(self, rounds: Rounds) -> np.ndarray:
-        """Return ``[runs]`` of one block: seconds of every run."""
-        return block(self.run, rounds)
+def probe(version: Version) -> float:
+    """Return the seconds of one run."""
+    return float(np.median(version.clock(Rounds(rounds=1, runs=PROBES + 1, warmup=1))))
 
 
-def block(run: Callable[[], object], rounds: Rounds) -> np.ndarray:
-    """Return the seconds of the runs of one block after its warm-up; at least one."""
-    seconds: list[float] = []
-    started = time.perf_counter()
-    for number in range(rounds.runs):
-        before = time.perf_counter()
-        run()
-        after = time.perf_counter()
-        if number >= rounds.warmup or not number:
-            seconds.append(after - before)
-        if after - started > LONGEST_BLOCK_S and number:
-            break
-    return np.array(seconds[1:] or seconds)
+def call_times(versions: Versions, version: Version, run_s: float) -> np.ndarray:
+    """Return ``[calls]``: seconds of each call of a run, the median over rounds."""
+    rounds = plan(run_s, 1, PROFILE_S)
+    medians = []
+    for _ in range(rounds.rounds):
+        versions.move([version])
+        medians.append(np.median(version.watch(rounds), axis=0))
+    return np.asarray(np.median(medians, axis=0))
 
 
-def compile_kernels(
-    functions: Mapping[str, tirx.PrimFunc], target: tvm.target.Target
-) -> tvm.runtime.Module:
-    """Compile scheduled functions under the given names, as a package's kernels are compiled."""
-    module = tvm.IRModule(
-        {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
-    )
-    with tvm.transform.PassContext(opt_level=3, config=CODEGEN_CONFIG):
-        return tvm.tirx.build(module, target, pipeline=TIR_PIPELINE)
-
-
-def executable(module: tvm.IRModule, libraries: Sequence[tvm.runtime.Module]) -> relax.VMExecutable:
-    """Return the virtual machine's program for a finalized module, over compiled kernels."""
-    builder = relax.ExecBuilder()
-    relax.vm_build._vmcodegen(builder, module)
-    program = builder.get()
-    for library in libraries:
-        program.mod.import_module(library)
-    return program
-
-
-def kernel_times(
-    version: Version, calls: Sequence[str], run_s: float, seconds: float = PROFILE_S
-) -> dict[str, float]:
-    """Return the seconds of all calls of each function in one run."""
-    rounds = plan(run_s, 1, seconds)
-    watched = np.concatenate([version.watch(rounds) for _ in range(rounds.rounds)])
-    times = np.median(watched, axis=0)
-    times -= times.min()  # the instrument's own time
+def kernel_times(versions: Versions, version: Version, run_s: float) -> dict[str, float]:
+    """Return the seconds of all calls of each kernel in one run."""
     found: dict[str, float] = {}
-    for name, call_s in zip(calls, times, strict=True):
-        if not name.startswith(BUILTIN):
-            found[name] = found.get(name, 0.0) + float(call_s)
+    for name, seconds in zip(version.calls, call_times(versions, version, run_s), strict=True):
+        found[name] = found.get(name, 0.0) + float(seconds)
     return found
+
+
+def differing(one: Version, other: Version) -> tuple[list[int], list[int]]:
+    """Return the calls in which two versions differ, and the call behind each such part.
+
+    The next kernel reads what the changed one wrote: where its threads share the rows in another
+    way, what they read lies in the cache of the other core.
+
+    Returns
+    -------
+    tuple of list of int
+        Positions in the calls of each; both empty where the versions are the same.
+    """
+    columns: tuple[set[int], set[int]] = (set(), set())
+    matcher = SequenceMatcher(None, one.codes, other.codes, autojunk=False)
+    for tag, begin, end, first, last in matcher.get_opcodes():
+        if tag != "equal":
+            columns[0].update(range(begin, min(end + 1, len(one.codes))))
+            columns[1].update(range(first, min(last + 1, len(other.codes))))
+    return sorted(columns[0]), sorted(columns[1])
 
 
 def least_s(run_s: float, contenders: int) -> float:
     """Return the seconds that the shortest comparison takes."""
     rounds = plan(run_s, contenders, 0.0)
-    return contenders * rounds.rounds * (rounds.runs * run_s + SETTLE_S)
+    return contenders * rounds.rounds * rounds.runs * run_s
 
 
 def fitting(run_s: float, contenders: int, deadline: float) -> tuple[Rounds, float]:
@@ -192,18 +126,36 @@ def fitting(run_s: float, contenders: int, deadline: float) -> tuple[Rounds, flo
     left = deadline - now
     seconds = min(MEASURE_S, left * MEASURE_SHARE)
     rounds = plan(run_s, contenders, seconds)
-    if contenders * rounds.rounds * (rounds.runs * run_s + SETTLE_S) > left:
+    if least_s(run_s, contenders) > left:
         raise OutOfTime
     return rounds, now + seconds
 
 
 def interleave(
-    blocks: Mapping[str, Callable[[Rounds], np.ndarray]], run_s: float, deadline: float
+    blocks: Mapping[str, Callable[[Rounds], np.ndarray]],
+    run_s: float,
+    deadline: float,
+    *,
+    move: Callable[[], None] | None = None,
+    settled: Callable[[Mapping[str, list[np.ndarray]]], bool] | None = None,
 ) -> dict[str, list[np.ndarray]]:
     """Return the block of each round of each contender, measured in turns.
 
     A busy machine may slow down a thousandfold: after the least number of rounds the clock ends
     them.
+
+    Parameters
+    ----------
+    blocks : mapping of str to callable
+        Runs one block of a contender.
+    run_s : float
+        Seconds of a run.
+    deadline : float
+        Monotonic time.
+    move : callable, optional
+        Called before each round.
+    settled : callable, optional
+        Says of what was measured whether more rounds would change nothing.
 
     Raises
     ------
@@ -213,30 +165,104 @@ def interleave(
     rounds, end = fitting(run_s, len(blocks), deadline)
     samples: dict[str, list[np.ndarray]] = {name: [] for name in blocks}
     names = list(blocks)
-    for number in range(rounds.rounds):
+    look = FIRST_LOOK
+    for number in range(ROUNDS[1]):
         now = time.monotonic()
-        if now > (end if number >= ROUNDS[0] else deadline):
+        if now > deadline and number < ROUNDS[0]:
+            raise OutOfTime
+        if now > end and number >= ROUNDS[0]:
             break
+        if number == look and settled is not None:
+            if settled(samples):
+                break
+            look = max(ROUNDS[0], int(look * LOOKS))
+        if move is not None:
+            move()
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            time.sleep(SETTLE_S)
             samples[name].append(blocks[name](rounds))
-    if len(samples[names[0]]) < LEAST_ROUNDS:
-        raise OutOfTime
     return samples
 
 
-def timer_s(watched: Sequence[np.ndarray]) -> float:
-    """Return the instrument's own seconds in each call of watched blocks."""
-    return float(np.median([np.median(rows, axis=0).min() for rows in watched]))
+def compare(
+    versions: Versions,
+    contenders: Mapping[str, Version],
+    run_s: float,
+    deadline: float,
+    *,
+    columns: Mapping[str, Sequence[int]] | None = None,
+) -> Views:
+    """Time versions of a model in turns, until it is clear which of two is faster.
+
+    Parameters
+    ----------
+    versions : Versions
+        Loaded them.
+    contenders : mapping of str to Version
+        The first one is what the others have to beat.
+    run_s : float
+        Seconds of a run.
+    deadline : float
+        Monotonic time.
+    columns : mapping of str to sequence of int, optional
+        The calls of each that count, see `differing`; whole runs when not given.
+
+    Raises
+    ------
+    OutOfTime
+        The deadline came too early for a comparison.
+    """
+    over, *others = contenders
+
+    def block(name: str, version: Version) -> Callable[[Rounds], np.ndarray]:
+        if columns is None:
+            return version.clock
+        wanted = list(columns[name])
+        return lambda rounds: np.asarray(version.watch(rounds)[:, wanted].sum(axis=1))
+
+    def settled(samples: Mapping[str, list[np.ndarray]]) -> bool:
+        seen = views(samples)
+        return all(seen.settled(name, over=over) for name in others)
+
+    return views(
+        interleave(
+            {name: block(name, version) for name, version in contenders.items()},
+            run_s,
+            deadline,
+            move=lambda: versions.move(list(contenders.values())),
+            settled=settled,
+        )
+    )
 
 
-def columns_s(rows: np.ndarray, columns: Sequence[int], timer: float) -> np.ndarray:
-    """Return the seconds of some calls together in each run of a block."""
-    return np.asarray(np.maximum(rows[:, columns] - timer, 1e-9).sum(axis=1))
+def call_ratios(
+    versions: Versions, pair: Sequence[Version], run_s: float, deadline: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``[calls]`` of two versions: seconds of each call, to be compared call by call.
+
+    Those of the second are those of the first divided by the median of the ratio in each round.
+
+    Raises
+    ------
+    OutOfTime
+        The deadline came too early.
+    """
+    one, other = pair
+    rows = interleave(
+        {"one": one.watch, "other": other.watch},
+        run_s,
+        deadline,
+        move=lambda: versions.move(pair),
+        settled=lambda samples: len(samples["one"]) >= SCREEN_ROUNDS,
+    )
+    first, second = (
+        np.array([np.quantile(row, QUIET, axis=0) for row in rows[name]]) for name in rows
+    )
+    seconds = np.median(first, axis=0)
+    return seconds, seconds * np.median(second / first, axis=0)
 
 
-def views(blocks: Mapping[str, list[np.ndarray]]) -> Views:
+def views(blocks: Mapping[str, Sequence[np.ndarray]]) -> Views:
     """Return what blocks, whose numbers of runs may differ, say of their contenders."""
     typical, quiet = (
         Measurement(

@@ -145,7 +145,8 @@ class Session:
             self.current = None
             return
         if kind == "say":
-            self.log(str(message["text"]))
+            if message["text"]:  # else it only says that it lives
+                self.log(str(message["text"]))
             return
         if kind == "profile":
             for task, seconds in zip(self.tasks, message["seconds"], strict=True):

@@ -155,6 +155,11 @@ class TemplateSpace:
         self._seen.add(program)
         return Made(decided=dict(decided), candidate=ms.MeasureCandidate(schedule, self._arguments))
 
+    @property
+    def best_s(self) -> float | None:
+        """Seconds of the fastest schedule noted."""
+        return self._times[0][0] if self._times else None
+
     def note(self, decided: Decided, seconds: float) -> None:
         """Remember how long a schedule takes; the fastest ones become parents."""
         self._times.append((seconds, decided))

@@ -10,6 +10,10 @@ from typing import Any
 from .confirm import Confirmation
 from .whole_model import Candidates, serve
 
+PATIENCE_S = 20.0
+"""How long after its deadline an answer may come that is not the last one: a kernel that takes long
+to compile is not given up."""
+
 
 class WholeModel:
     """Starts the model's process, and asks it.
@@ -24,6 +28,8 @@ class WholeModel:
         File with the JSON of the scheduled module.
     target : str
         JSON of the TVM target.
+    threads : int
+        Threads of one run.
 
     Attributes
     ----------
@@ -31,10 +37,14 @@ class WholeModel:
         Why there is no answer any more; empty as long as there is one.
     """
 
-    def __init__(self, context: ForkServerContext, *, model: str, target: str) -> None:
+    def __init__(
+        self, context: ForkServerContext, *, model: str, target: str, threads: int
+    ) -> None:
         self.failure = ""
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, model, target), daemon=True)
+        self._process = context.Process(
+            target=serve, args=(theirs, model, target, threads), daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -66,7 +76,12 @@ class WholeModel:
         return value if kind == "profile" else None
 
     def confirm(
-        self, candidates: Mapping[str, Candidates], deadline: float, say: Callable[[str], None]
+        self,
+        candidates: Mapping[str, Candidates],
+        deadline: float,
+        say: Callable[[str], None],
+        *,
+        decide: bool = True,
     ) -> Confirmation | None:
         """Try candidates inside the model; see `hone.tuning.confirm.confirm`.
 
@@ -78,6 +93,8 @@ class WholeModel:
             Monotonic time of the last answer.
         say : callable
             Is told what is going on.
+        decide : bool
+            Whether to end with what is to be used.
 
         Returns
         -------
@@ -85,12 +102,12 @@ class WholeModel:
             None when the time did not suffice, or something went wrong: `failure` says what.
         """
         try:
-            self._connection.send((dict(candidates), deadline))
+            self._connection.send((dict(candidates), deadline, decide))
         except OSError:
             self.failure = self.failure or "its process died"
             return None
         while True:
-            kind, value = self._receive(deadline)
+            kind, value = self._receive(deadline if decide else deadline + PATIENCE_S)
             if kind != "say":
                 return value if kind == "confirmed" else None
             say(value)

@@ -1,48 +1,45 @@
 """Runs the whole model in a process of its own, and times its kernels there.
 
-The model is compiled once, with its untuned kernels. A kernel with a record is compiled alone and
-put before them: the virtual machine takes the first function of a name that it finds. So all
-versions share their weights and their graph, and differ in the kernels alone.
+The model is compiled once, with its untuned kernels; a kernel with a record is compiled alone. So
+all versions share their weights and their graph, and differ in the kernels alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
-from tvm import tirx
 from tvm.s_tir import meta_schedule as ms
 
-from hone.pipeline import finalize_stages
+from hone.measure import Rounds
 from hone.targets import features
 
 from .builder import die_with_parent, make_arguments
 from .confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, Views, confirm
-from .pinning import pin_all
 from .reason import reason_of
 from .records import Match
 from .replay import REFUSALS, ReplayError, replay
 from .running import (
-    Version,
-    columns_s,
-    compile_kernels,
-    executable,
+    SCREEN_ROUNDS,
+    compare,
+    differing,
     fitting,
     interleave,
     kernel_times,
     least_s,
-    timer_s,
+    probe,
     views,
 )
+from .versions import Kernels, Version, versions
 
-WHOLE_CONTENDERS = 3
-LOADING_S = 0.5
-"""Models that are compared at the end, and about how long it takes to load them."""
+RESERVED = 6
+"""Least comparisons of two models that there has to be time for after the last rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,38 +70,40 @@ class RunningModel:
         Every function scheduled, as without records.
     target : Target
         What to generate code for.
+    threads : int
+        Threads of one run.
     """
 
-    def __init__(self, module: tvm.IRModule, target: tvm.target.Target) -> None:
+    def __init__(self, module: tvm.IRModule, target: tvm.target.Target, *, threads: int) -> None:
         self._target = target
-        self._inputs = make_arguments(
+        inputs = make_arguments(
             [
                 (str(variable.ty.dtype), tuple(int(extent) for extent in variable.ty.shape))
                 for variable in module["main"].params
             ]
         )
-        with target:
-            for stage in finalize_stages():
-                module = stage.run(module)
-        self._functions = {
-            variable.name_hint: func
-            for variable, func in module.functions.items()
-            if isinstance(func, tirx.PrimFunc)
-        }
-        self._module = module
-        self._untuned_kernels = compile_kernels(self._functions, target)
-        self._untuned = self._version([])
-        self._calls = self._untuned.names()
+        self._versions = versions(module, target, threads, inputs)
+        program = self._versions.program(module)
+        if program is None:
+            raise ValueError("the model cannot be run")
+        self._program = program
+        self._untuned_kernels = self._versions.compile(program.functions)
         self._candidates: dict[str, Candidates] = {}
-        self._built: dict[tuple[str, int], list[tvm.runtime.Module]] = {}
+        self._built: dict[tuple[str, int], list[Kernels]] = {}
         self._deadline = float("inf")
-        self._run_s, self._watched_s = self._untuned.probe()
-        # Without the comparison of whole models at the end, all trials would be for nothing.
-        self._reserve_s = LOADING_S + 2 * least_s(self._run_s, WHOLE_CONTENDERS)
+        self._untuned = self._version({})
+        self._untuned.run()
+        self._run_s = probe(self._untuned)
+        # Without the comparisons at the end, all trials would be for nothing.
+        self._reserve_s = RESERVED * least_s(self._run_s, 2)
 
-    def _version(self, kernels: Sequence[tvm.runtime.Module]) -> Version:
-        libraries = (*kernels, self._untuned_kernels)
-        return Version(executable(self._module, libraries), self._inputs)
+    def pin(self) -> None:
+        """Pin the threads of the runs, in a process that has no other business."""
+        self._versions.pin()
+
+    def _version(self, choice: Choice) -> Version:
+        kernels = [built for item in choice.items() for built in self._kernel(*item)]
+        return self._versions.load(self._program, [*kernels, self._untuned_kernels])
 
     def offer(self, candidates: Mapping[str, Candidates], deadline: float) -> None:
         """Say what may replace each kernel, and until when.
@@ -122,15 +121,15 @@ class RunningModel:
 
     def profile(self) -> dict[str, float]:
         """Return the seconds of all calls of each function in one run of the untuned model."""
-        return kernel_times(self._untuned, self._calls, self._watched_s)
+        return kernel_times(self._versions, self._untuned, self._run_s)
 
-    def _kernel(self, kernel: str, number: int) -> list[tvm.runtime.Module]:
+    def _kernel(self, kernel: str, number: int) -> list[Kernels]:
         """Return the compiled functions of a candidate; none when it does not apply any more."""
         if (kernel, number) not in self._built:
             self._built[kernel, number] = self._compile(self._candidates[kernel], number)
         return self._built[kernel, number]
 
-    def _compile(self, candidates: Candidates, number: int) -> list[tvm.runtime.Module]:
+    def _compile(self, candidates: Candidates, number: int) -> list[Kernels]:
         workload = tvm.ir.load_json(candidates.module)
         filed = ms.database.Workload(workload).as_json()
         match = Match(
@@ -140,58 +139,75 @@ class RunningModel:
         )
         try:
             func = replay(workload["main"], match, self._target)
-            return [compile_kernels({name: func}, self._target) for name in candidates.functions]
+            return [self._versions.compile({name: func}) for name in candidates.functions]
         except (*REFUSALS, ReplayError):
             return []
 
     def kernels(self, choice: Choice) -> Mapping[str, Views]:
         """Time each kernel of a choice; see `hone.tuning.confirm.Stage`."""
-        libraries: list[tvm.runtime.Module] = []
-        built = []
+        built = {}
         for kernel, number in choice.items():
-            fitting(self._watched_s, 2, self._deadline - self._reserve_s)
-            if found := self._kernel(kernel, number):
-                libraries += found
-                built.append(kernel)
+            fitting(self._run_s, 2, self._deadline - self._reserve_s)
+            if self._kernel(kernel, number):
+                built[kernel] = number
         if not built:
             return {}
-        version = self._version(libraries)
-        version.run()
-        watched = interleave(
-            {UNTUNED: self._untuned.watch, RECORD: version.watch},
-            self._watched_s,
-            self._deadline - self._reserve_s,
-        )
-        own_s = timer_s(watched[UNTUNED])
-        measured = {}
+        version = self._version(built)
+        columns = {}
         for kernel in built:
             functions = set(self._candidates[kernel].functions)
-            columns = [i for i, name in enumerate(self._calls) if name in functions]
-            measured[kernel] = views(
-                {
-                    name: [columns_s(rows, columns, own_s) for rows in blocks]
-                    for name, blocks in watched.items()
-                }
+            columns[kernel] = [i for i, name in enumerate(self._untuned.calls) if name in functions]
+        watched = {UNTUNED: self._untuned, RECORD: version}
+
+        def seen(samples: Mapping[str, list[np.ndarray]]) -> dict[str, Views]:
+            return {
+                kernel: views(
+                    {
+                        name: [r[:, wanted].sum(axis=1) for r in rows]
+                        for name, rows in samples.items()
+                    }
+                )
+                for kernel, wanted in columns.items()
+            }
+
+        def block(one: Version) -> Callable[[Rounds], np.ndarray]:
+            return one.watch
+
+        return seen(
+            interleave(
+                {name: block(one) for name, one in watched.items()},
+                self._run_s,
+                self._deadline - self._reserve_s,
+                move=lambda: self._versions.move(list(watched.values())),
+                settled=lambda samples: len(samples[UNTUNED]) >= SCREEN_ROUNDS,
             )
-        return measured
+        )
+
+    def pair(self, before: Choice, after: Choice) -> Views:
+        """Time what differs between two choices; see `hone.tuning.confirm.Stage`."""
+        one, other = self._version(before), self._version(after)
+        columns = dict(zip((UNTUNED, RECORD), differing(one, other), strict=True))
+        return compare(
+            self._versions,
+            {UNTUNED: one, RECORD: other},
+            self._run_s,
+            self._deadline - least_s(self._run_s, 2),
+            columns=columns,
+        )
 
     def whole(self, choices: Mapping[str, Choice]) -> Views:
         """Time whole runs; see `hone.tuning.confirm.Stage`."""
-        blocks = {}
-        for name, choice in choices.items():
-            kernels = [lib for item in choice.items() for lib in self._kernel(*item)]
-            version = self._version(kernels) if kernels else self._untuned
-            version.run()
-            blocks[name] = version.clock
-        return views(interleave(blocks, self._run_s, self._deadline))
+        loaded = {name: self._version(choice) for name, choice in choices.items()}
+        return compare(self._versions, loaded, self._run_s, self._deadline)
 
 
-def serve(connection: Connection, model: str, target: str) -> None:
+def serve(connection: Connection, model: str, target: str, threads: int) -> None:
     """Body of the model's process.
 
-    It sends ``("profile", seconds by function)``, then waits for ``(candidates, deadline)``, and
-    answers with any number of ``("say", text)`` and one ``("confirmed", Confirmation or None)``:
-    None when the time did not suffice. At any point ``("failed", reason)`` ends it.
+    It sends ``("profile", seconds by function)``, then waits for ``(candidates, deadline, whether
+    to decide)``, and answers with any number of ``("say", text)`` and one ``("confirmed",
+    Confirmation or None)``: None when the time did not suffice. At any point ``("failed",
+    reason)`` ends it.
 
     Parameters
     ----------
@@ -201,18 +217,21 @@ def serve(connection: Connection, model: str, target: str) -> None:
         File with the JSON of the scheduled module.
     target : str
         JSON of the TVM target.
+    threads : int
+        Threads of one run.
     """
     die_with_parent()
     features.request_tiles()
     try:
         module = tvm.ir.load_json(Path(model).read_text(encoding="utf-8"))
-        running = RunningModel(module, tvm.target.Target(json.loads(target)))
-        pin_all()  # its first run started the threads
+        running = RunningModel(module, tvm.target.Target(json.loads(target)), threads=threads)
+        running.pin()  # its first run started the threads
         connection.send(("profile", running.profile()))
         while True:
-            candidates, deadline = connection.recv()
+            candidates, deadline, decide = connection.recv()
             running.offer(candidates, deadline)
-            connection.send(("confirmed", _confirmed(running, candidates, connection.send)))
+            found = _confirmed(running, candidates, connection.send, decide=decide)
+            connection.send(("confirmed", found))
     except EOFError:  # the search is gone
         return
     except Exception as error:  # noqa: BLE001 - a process boundary: the search reports it
@@ -223,9 +242,11 @@ def _confirmed(
     running: RunningModel,
     candidates: Mapping[str, Candidates],
     send: Callable[[tuple[str, str]], None],
+    *,
+    decide: bool,
 ) -> Confirmation | None:
     counts = {kernel: len(offered.records) for kernel, offered in candidates.items()}
     try:
-        return confirm(running, counts, lambda text: send(("say", text)))
+        return confirm(running, counts, lambda text: send(("say", text)), decide=decide)
     except OutOfTime:
         return None

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,33 @@ from hone.targets.schedule.machine import Machine
 from . import journal
 from .bench import REFERENCE, Bench, Outcome
 from .builder import Job, die_with_parent
+from .confirm import Confirmation
 from .kernel import KernelSearch, cores
-from .order import Order
+from .order import WORTH_NOTING, Order
 from .reason import reason_of
-from .records import Verdict, contenders, seconds_of, trace_key
-from .replay import REFUSALS
+from .records import Match, Verdict, contenders, seconds_of, trace_key
+from .replay import REFUSALS, replay
+from .space import Made, TemplateSpace
 from .whole_handle import WholeModel
 from .whole_model import Candidates
 
 WARM_MODEL = 24
 """Measured candidates from which on the cost model is believed (TVM: 100)."""
+
+INSIDE_SHARE = 0.75
+MAKING_SHARE = 0.3
+LEAST_SHARE = 0.003
+"""How much of the time may go to schedules that are tried inside the model, and how much of what is
+left of that to making the next ones; and what a kernel has to take of a run."""
+
+MOST_NEIGHBOURS = 24
+LATER_CHANGES = 6
+IDLE_TURNS = 3
+"""Schedules of a kernel in the first turn inside the model and in each further one, and the turns
+after which it ends when they have brought nothing."""
+
+CHECK_S = 20.0
+"""In which a candidate that is to be used is run once more, beside the untuned kernel."""
 
 PROFILE_SHARE = 0.2
 PROFILE_MOST_S = 30.0
@@ -60,7 +78,8 @@ class Kernel:
         self.name = str(task["name"])
         self.names = tuple(task["names"])
         self.records: list[Any] = task["records"]
-        self._verdicts = {key: Verdict(verdict) for key, verdict in task["verdicts"].items()}
+        self.verdicts = {key: Verdict(verdict) for key, verdict in task["verdicts"].items()}
+        self.calls = int(task["calls"])
         self._workload = str(task["module"])
         self._weights = tuple(task["weights"])
         self._cold_bytes = int(task["cold_bytes"])
@@ -68,6 +87,8 @@ class Kernel:
         self.untuned_s: float | None = task["untuned_s"]
         self.is_timed = False
         self.search: KernelSearch | None = None
+        self._space: TemplateSpace | None = None
+        self._known: set[str] = set()
         self._target = json.dumps(target)
         self._arguments = tuple(
             (str(info.dtype), tuple(int(extent) for extent in info.shape))
@@ -77,17 +98,62 @@ class Kernel:
     def contenders(self) -> list[Any]:
         """Return the records to try inside the model, best first."""
         records = sorted(self.records, key=lambda record: seconds_of(record) or math.inf)
-        return contenders(records, self._verdicts, self.untuned_s)
+        return contenders(records, self.verdicts, self.untuned_s)
 
     def is_settled(self, record: list[Any]) -> bool:
         """Say whether a record was tried inside a model before."""
-        return trace_key(record) in self._verdicts
+        return trace_key(record) in self.verdicts
 
     def candidates(self) -> Candidates:
         """Return what the model's process has to know."""
         return Candidates(
             functions=self.names, module=self._workload, records=tuple(self.contenders())
         )
+
+    def proposals(self, machine: Machine, seed: int, target: tvm.target.Target) -> list[Made]:
+        """Return what the template offers next and nobody has timed; none when there is no more."""
+        first = self._space is None
+        if self._space is None:
+            self._space = TemplateSpace(self.module, machine, seed=seed)
+            self._space.note({}, self.untuned_s or 1.0)
+            self._known = {trace_key(record) for record in self.records}
+        count = MOST_NEIGHBOURS if first else LATER_CHANGES
+        made = self._space.next(count, lambda _: None)
+        return [
+            one
+            for one in made
+            if one.decided and trace_key(self._record(one, target)) not in self._known
+        ]
+
+    def note(self, made: Made, seconds: float) -> bool:
+        """Remember how long a proposal takes; return whether it is the best one so far."""
+        if self._space is None:
+            return False
+        best_s = self._space.best_s or seconds
+        self._space.note(made.decided, seconds)
+        return seconds < WORTH_NOTING * best_s
+
+    def offering(self, made: Sequence[Made], target: tvm.target.Target) -> Candidates:
+        """Return proposals for the model's process."""
+        records = tuple(self._record(one, target) for one in made)
+        return Candidates(functions=self.names, module=self._workload, records=records)
+
+    def _record(self, made: Made, target: tvm.target.Target) -> list[Any]:
+        record: list[Any] = ms.database.TuningRecord(
+            made.candidate.sch.trace,
+            ms.database.Workload(self.module),
+            [1.0],
+            target,
+            made.candidate.args_info,
+        ).as_json()
+        return record
+
+    def scheduled(self, record: list[Any], target: tvm.target.Target) -> str:
+        """Return the JSON of this kernel as a record schedules it."""
+        filed = ms.database.Workload(self.module).as_json()
+        match = Match(workload=[str(filed[0]), str(filed[1])], record=record, untuned_s=None)
+        func = replay(self.module["main"], match, target)
+        return str(tvm.ir.save_json(tvm.IRModule({"main": func})))
 
     def job(self, module: str) -> Job:
         """Return the measurement of one scheduled form of this kernel."""
@@ -141,8 +207,13 @@ class Search:
             Kernel(task, request["target"], Path(request["folder"], f"{position}.npz"))
             for position, task in enumerate(tasks)
         ]
+        self._model_s = [0.0] * len(tasks)
+        self._shares = [0.0] * len(tasks)
         self._whole = WholeModel(
-            bench.context, model=request["model"], target=json.dumps(request["target"])
+            bench.context,
+            model=request["model"],
+            target=json.dumps(request["target"]),
+            threads=self._machine.threads,
         )
         self._order = Order(
             [t["estimate_s"] for t in tasks], [t["calls"] for t in tasks], self._profile()
@@ -164,17 +235,75 @@ class Search:
             self._say("say", text=f"the whole model could not be timed: {self._whole.failure}")
             return None
         seconds = [sum(times.get(n, 0.0) for n in kernel.names) for kernel in self._kernels]
+        self._model_s = seconds
+        self._shares = [s / sum(times.values()) for s in seconds]
         self._say("profile", seconds=seconds)
         return seconds
 
     def run(self) -> None:
-        """Search until every space is exhausted or the time is over; then try what was found."""
+        """Search until every space is exhausted or the time is over; then try what was found.
+
+        The templates are searched inside the model; alone, in a loop of its own, is a kernel timed
+        where that found nothing better any more, and for TVM's general space.
+        """
+        if not self._searched and not self._whole.failure:
+            self._search_inside()
         exhausted = not self._searched and self._search()
         self._say("searched")
-
         self._confirm()
         self._whole.close()
         self._say("done", exhausted=exhausted)
+
+    def _search_inside(self) -> None:
+        """Search the templates inside the running model, one candidate of each kernel at a time.
+
+        First what lies next to the untuned schedules, then changes of the best ones.
+        """
+        now = time.monotonic()
+        deadline = now + INSIDE_SHARE * (self._deadline - now)
+        large = [i for i, share in enumerate(self._shares) if share >= LEAST_SHARE]
+        idle = 0
+        while large and idle < IDLE_TURNS and time.monotonic() < deadline:
+            made: dict[str, list[Made]] = {}
+            until = time.monotonic() + MAKING_SHARE * (deadline - time.monotonic())
+            for position in large:
+                self._say("say", text="")  # it may take long
+                if time.monotonic() < until:
+                    kernel = self._kernels[position]
+                    made[str(position)] = kernel.proposals(self._machine, self._seed, self._target)
+            large = [i for i in large if made.get(str(i), True)]
+            offered = {i: proposals for i, proposals in made.items() if proposals}
+            if not offered or self._whole.failure:
+                break
+            news = self._try_inside(offered, deadline)
+            idle = 0 if news else idle + 1
+
+    def _try_inside(self, made: Mapping[str, list[Made]], deadline: float) -> bool:
+        """Time schedules inside the model; return whether one is the best of its kernel so far."""
+        offered = {
+            i: self._kernels[int(i)].offering(proposals, self._target)
+            for i, proposals in made.items()
+        }
+        confirmed = self._whole.confirm(
+            offered, deadline, lambda text: self._say("say", text=text), decide=False
+        )
+        if confirmed is None:
+            if self._whole.failure:
+                self._say("say", text=f"the model does not run any more: {self._whole.failure}")
+            return False
+        progress = False
+        for trial in confirmed.trials:
+            position = int(trial.kernel)
+            kernel = self._kernels[position]
+            if kernel.untuned_s is None:
+                kernel.untuned_s = self._model_s[position] / kernel.calls
+                self._say("untuned", task=position, seconds=kernel.untuned_s, reason="")
+            record = offered[trial.kernel].records[trial.candidate]
+            record[1] = [kernel.untuned_s / trial.gain]
+            kernel.records.append(record)
+            progress |= kernel.note(made[trial.kernel][trial.candidate], record[1][0])
+            self._say("record", task=position, record=record)
+        return progress
 
     def _confirm(self) -> None:
         """Try the best records inside the model, unless all of them have been tried before."""
@@ -195,20 +324,34 @@ class Search:
             reason = self._whole.failure or "too little time was left"
             self._say("say", text=f"the records were not tried inside the model: {reason}")
             return
-        self._say(
-            "verdicts",
-            speedup=None if confirmed.speedup is None else confirmed.speedup.ratio,
-            trials=[
+        self._judge(confirmed, offered)
+
+    def _judge(self, confirmed: Confirmation, offered: Mapping[str, Candidates]) -> None:
+        """Say what became of candidates; what is to be used has to be right."""
+        trials = []
+        for trial in confirmed.trials:
+            position = int(trial.kernel)
+            kernel, record = self._kernels[position], offered[trial.kernel].records[trial.candidate]
+            kept = trial.kept and self._is_right(kernel, record)
+            kernel.verdicts[trace_key(record)] = Verdict.CONFIRMED if kept else Verdict.REJECTED
+            trials.append(
                 {
-                    "task": int(trial.kernel),
-                    "record": trace_key(offered[trial.kernel].records[trial.candidate]),
-                    "kept": trial.kept,
+                    "task": position,
+                    "record": trace_key(record),
+                    "kept": kept,
                     "seconds": trial.seconds,
                     "untuned_s": trial.untuned_s,
                 }
-                for trial in confirmed.trials
-            ],
-        )
+            )
+        speedup = None if confirmed.speedup is None else confirmed.speedup.ratio
+        self._say("verdicts", speedup=speedup, trials=trials)
+
+    def _is_right(self, kernel: Kernel, record: list[Any]) -> bool:
+        """Say whether a candidate computes what the untuned kernel does."""
+        job = kernel.job(kernel.scheduled(record, self._target))
+        deadline = time.monotonic() + CHECK_S
+        outcomes = self._bench.measure([job], deadline, reference=kernel.job(kernel.untuned))
+        return any(one.position != REFERENCE and one.seconds for one in outcomes)
 
     def _search(self) -> bool:
         """Search; return whether every space was searched to its end."""

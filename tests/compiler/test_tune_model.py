@@ -10,7 +10,6 @@ from tvm import relax, tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
-from hone.measure import LEAST_ROUNDS, SETTLE_S
 from hone.targets.schedule.cpu import ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import resolve
@@ -48,7 +47,7 @@ def module() -> tvm.IRModule:
 @pytest.fixture(scope="module")
 def model(module: tvm.IRModule) -> RunningModel:
     rule = ScheduleModule(Machine.of(resolve("host"), THREADS))
-    return RunningModel(untuned_model(module, rule), TARGET)
+    return RunningModel(untuned_model(module, rule), TARGET, threads=THREADS)
 
 
 def candidates(module: tvm.IRModule) -> Candidates:
@@ -79,31 +78,19 @@ def test_profile_gives_the_seconds_of_every_kernel_of_the_model(
 def test_a_replaced_kernel_runs_in_its_version_of_the_model_only(
     model: RunningModel, module: tvm.IRModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = 0
+    def slow(func: tirx.PrimFunc, *_: object) -> tirx.PrimFunc:
+        loop = tirx.Var("again", "int32")
+        zero, times = tirx.const(0, "int32"), tirx.const(50, "int32")
+        return func.with_body(tirx.For(loop, zero, times, tirx.ForKind.SERIAL, func.body))
 
-    def note() -> None:
-        nonlocal calls
-        calls += 1
-
-    def noted(func: tirx.PrimFunc, *_: object) -> tirx.PrimFunc:
-        call = tirx.Evaluate(tirx.call_packed("hone.test.note"))
-        return func.with_body(tirx.SeqStmt([call, func.body]))
-
-    tvm.register_global_func("hone.test.note", note, override=True)
-    monkeypatch.setattr(whole_model, "replay", noted)
+    monkeypatch.setattr(whole_model, "replay", slow)
     model.offer({"0": candidates(module)}, time.monotonic() + 60)
-    assert calls == 0
-    measured = model.kernels({"0": 0})["0"].quiet
-    assert measured.seconds[RECORD].shape == measured.seconds[UNTUNED].shape
-    rounds, _ = measured.seconds[RECORD].shape
-    assert calls > 2 * rounds  # two equal kernels; warm-up runs are not returned
-    calls = 0
-    model.whole({UNTUNED: {}})
-    assert calls == 0
-    whole = model.whole({UNTUNED: {}, "noted": {"0": 0}}).typical
-    assert whole.seconds["noted"].shape == whole.seconds[UNTUNED].shape
-    assert calls > 2 * whole.seconds["noted"].size
-    assert len(whole.seconds["noted"]) >= LEAST_ROUNDS
+    measured = model.kernels({"0": 0})["0"]
+    assert measured.slower(RECORD, over=UNTUNED)
+    assert len(measured.quiet.seconds[RECORD]) == len(measured.quiet.seconds[UNTUNED])
+    assert model.pair({}, {"0": 0}).slower(RECORD, over=UNTUNED)
+    whole = model.whole({UNTUNED: {}, "slow": {"0": 0}})
+    assert whole.slower("slow", over=UNTUNED)
 
 
 def test_a_record_that_does_not_apply_is_left_out(
@@ -130,6 +117,6 @@ def test_plan_fills_the_time_within_its_limits(run_s: float, contenders: int) ->
     assert ROUNDS[0] <= rounds.rounds <= ROUNDS[1]
     assert RUNS[0] <= rounds.runs - rounds.warmup <= RUNS[1]
     assert rounds.warmup >= 1
-    total = contenders * rounds.rounds * (rounds.runs * run_s + SETTLE_S)
+    total = contenders * rounds.rounds * rounds.runs * run_s
     assert total <= 2.0 or rounds.rounds == ROUNDS[0]
     assert math.isfinite(total)
