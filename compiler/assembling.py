@@ -86,6 +86,7 @@ def assemble(
     precision: str = "fp32",
     database: Database | None = None,
     compact: bool = False,
+    slicing: Slicing | None = None,
 ) -> Assembled:
     """Compile a model's module as it is and put it into a package without golden samples.
 
@@ -104,6 +105,8 @@ def assemble(
         Tuning records to use.
     compact : bool
         Prefer small weights to speed, where a kernel has the choice.
+    slicing : Slicing, optional
+        How the batch is cut; by the model of the machine, or as the database knows, when absent.
 
     Returns
     -------
@@ -120,8 +123,9 @@ def assemble(
     integers, quantization, packing = in_integers(model)
     if quantization is not None and quantization.quantized:
         precision = "int8"
-    decided = None if database is None else database.lowerings()
-    slicing = slice_batch(integers.module, target, threads=threads, decided=decided)
+    if slicing is None:
+        decided = None if database is None else database.lowerings()
+        slicing = slice_batch(integers.module, target, threads=threads, decided=decided)
     if database is not None:
         database = database.of_threads(slicing.threads)
     integers = integers.with_module(slicing.module)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .tune import TuneResult
     from .tuning.choices import LoweringResult
 
+# Of a tuning budget, for the ways to cut a batch.
+SLICES_SHARE = 0.2
 # Of a tuning budget, for the ways to lower layers, which come before the schedules, and as long as
 # anything is left of them once more behind; and the least that leaves it, or schedules, time for
 # more than the start.
@@ -242,8 +244,21 @@ def search(
         )
     from .tune import tune as tune_kernels
     from .tuning.choices import tune_lowerings
+    from .tuning.slices import tune_slices
 
     model, _, _ = in_integers(model)
+    if seconds >= LEAST_LOWERING_S:
+        started = time.monotonic()
+        tune_slices(
+            model,
+            target,
+            threads=threads,
+            budget_s=SLICES_SHARE * seconds,
+            database=database,
+            compact=compact,
+            progress=progress,
+        )
+        seconds -= time.monotonic() - started
     slicing = slice_batch(model.module, target, threads=threads, decided=database.lowerings())
     model, threads = model.with_module(slicing.module), slicing.threads
     database = database.of_threads(threads)

@@ -20,7 +20,7 @@ from hone.passes.graph.batch_rules_of_levels import own_ops
 from hone.passes.graph.dataflow import Dataflow, is_dataflow, shape_of, variables
 from hone.passes.graph.rebatch import Rebatch
 from hone.targets.schedule.machine import Machine
-from hone.targets.schedule.slices import LayerLoad, choose_slice, point
+from hone.targets.schedule.slices import LayerLoad, choose_slice
 from hone.targets.target import Target
 
 from .errors import ModelError
@@ -83,10 +83,27 @@ def slice_batch(
     return Slicing(module=sliced, threads=1, count=count, parts=min(threads, count))
 
 
-def point_of(module: tvm.IRModule) -> str | None:
-    """Return the name of the choice for a model; None where there is none to make."""
-    loads = _loads_of_samples(module)
-    return None if loads is None else point(_batch(module), loads)
+def options_of(
+    module: tvm.IRModule, target: Target, *, threads: int
+) -> tuple[str, tuple[str, ...]] | None:
+    """Return the name of the choice for a model and its options, the model's own first.
+
+    None where there is none to make.
+
+    Parameters
+    ----------
+    module, target, threads
+        As for `slice_batch`.
+    """
+    batch = _batch(module)
+    loads = _loads_of_samples(module) if batch >= threads else None
+    if loads is None:
+        return None
+    asked: dict[str, tuple[str, ...]] = {}
+    machine = replace(Machine.of(target, threads), asked=asked)
+    choose_slice(machine, batch=batch, layers=loads)
+    ((name, options),) = asked.items()
+    return name, options
 
 
 def _loads_of_samples(module: tvm.IRModule) -> list[LayerLoad] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,15 +21,17 @@ from hone.assembling import Assembled, assemble
 from hone.database import Database
 from hone.driver import compile as compile_model
 from hone.driver import search
+from hone.measure import Measurement
 from hone.packaging import loaded_code
 from hone.passes.apply import apply
 from hone.passes.graph.rebatch import Rebatch
 from hone.plan import Copy, Place, Region, plan_of
 from hone.profiling.call_times import call_times
-from hone.progress import silent
+from hone.progress import Progress, silent
 from hone.slicing import slice_batch
 from hone.steps.split_parallel import idle_layers
 from hone.targets.target import resolve
+from hone.tuning import slices as tuning_slices
 
 HOST = resolve("host")
 RNG = np.random.default_rng(0)
@@ -116,11 +120,13 @@ def test_a_module_stays_as_it_is_when_inputs_have_different_batches(images) -> N
 
 def test_what_was_measured_decides() -> None:
     before = module((4, 3), product)
-    name = slicing.point_of(before)
-    assert name is not None
+    found = slicing.options_of(before, HOST, threads=2)
+    assert found is not None
+    name, options = found
+    assert sorted(options) == ["1", "2", "whole"]
     for option, count in (("whole", 1), ("1", 4), ("2", 2)):
         assert slice_batch(before, HOST, threads=2, decided={name: option}).count == count
-    assert slicing.point_of(module(*WHOLE["samples mix"])) is None
+    assert slicing.options_of(module(*WHOLE["samples mix"]), HOST, threads=2) is None
 
 
 # --- the plan --------------------------------------------------------------------------------
@@ -361,3 +367,95 @@ def test_records_of_slices_are_those_of_one_thread(tmp_path, images, monkeypatch
         alone.add_lowering("point", "option", tried=["option"])
     assert database.fingerprint() != before
     assert database.of_threads(2) is database
+
+
+class Told(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def task(self, label: str, total: float | None = None) -> Iterator[Told]:
+        yield self
+
+    def update(self, completed: float | None = None, detail: str | None = None) -> None:
+        pass
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """Measure what is asked for: seconds by the number of slices of a run."""
+
+    def clocked(seconds: dict[int, float]) -> None:
+        def measured(contenders, rounds):
+            timed = {
+                name: np.full((rounds.rounds, 2), seconds[contender.run])
+                for name, contender in contenders.items()
+            }
+            return Measurement(seconds=timed)
+
+        def loaded(package):
+            count = 1 if package.manifest.slices is None else package.manifest.slices.count
+            return SimpleNamespace(prepare=lambda _: count)
+
+        monkeypatch.setattr(tuning_slices, "measure", measured)
+        monkeypatch.setattr(tuning_slices, "load", loaded)
+
+    return clocked
+
+
+def tuned(database: Database, told: Told, budget_s: float = 1e3):
+    return tuning_slices.tune_slices(
+        digits(4), HOST, threads=2, budget_s=budget_s, database=database, compact=False,
+        progress=told,
+    )  # fmt: skip
+
+
+def test_tuning_keeps_the_slice_that_is_faster_and_does_not_ask_twice(tmp_path, clocked) -> None:
+    found = slicing.options_of(digits(4).module, HOST, threads=2)
+    assert found is not None
+    point, (first, *others) = found
+    counts = {"whole": 1, "1": 4, "2": 2}
+    clocked({counts[first]: 1.0, counts[others[0]]: 1.1, counts[others[1]]: 0.5})
+    database, told = Database(tmp_path, HOST, threads=2), Told()
+    result = tuned(database, told)
+    assert result is not None
+    assert (result.option, result.tried) == (others[1], tuple(others))
+    (line,) = told.lines
+    assert line.endswith("are 2.00 times as fast")
+    assert database.lowerings() == {point: others[1]}
+    assert (
+        assemble(
+            digits(4), target=HOST, threads=2, database=Database(tmp_path, HOST, threads=2)
+        ).slicing.count
+        == counts[others[1]]
+    )
+    assert tuned(Database(tmp_path, HOST, threads=2), told) is None
+
+
+def test_tuning_keeps_the_models_own_slice_when_no_other_is_faster(tmp_path, clocked) -> None:
+    clocked({1: 1.0, 2: 1.0, 4: 1.0})
+    database, told = Database(tmp_path, HOST, threads=2), Told()
+    result = tuned(database, told)
+    assert result is not None
+    assert told.lines == []
+    assert database.lowerings() == {}
+
+
+def test_tuning_tries_one_way_only_when_there_is_no_time_for_more(tmp_path, clocked) -> None:
+    clocked({1: 1.0, 2: 1.0, 4: 1.0})
+    result = tuned(Database(tmp_path, HOST, threads=2), Told(), budget_s=1e-3)
+    assert result is not None
+    assert len(result.tried) == 1
+
+
+def test_there_is_nothing_to_tune_when_there_is_one_sample(tmp_path) -> None:
+    result = tuning_slices.tune_slices(
+        digits(1), HOST, threads=2, budget_s=1.0, database=Database(tmp_path, HOST, threads=2),
+        compact=False, progress=Told(),
+    )  # fmt: skip
+    assert result is None
