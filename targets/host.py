@@ -186,6 +186,26 @@ def arm_core(cpuinfo: str) -> str:
     return cores.pop() if len(cores) == 1 else "generic"
 
 
+def has_separate_adders(cpuinfo: str) -> bool:
+    """Say whether an x86 processor adds vectors on units beside those that multiply and add.
+
+    AMD's Zen 5 (family 26) does, in two pairs of 512 bits each (Software Optimization Guide for
+    the AMD Zen5 Microarchitecture, "Floating-Point Unit"; measured, docs/performance.md).
+
+    Parameters
+    ----------
+    cpuinfo : str
+        Contents of /proc/cpuinfo.
+    """
+    vendor = re.search(r"^vendor_id\s*: (\S+)", cpuinfo, re.MULTILINE)
+    family = re.search(r"^cpu family\s*: (\d+)", cpuinfo, re.MULTILINE)
+    return (
+        vendor is not None
+        and family is not None
+        and (vendor[1], int(family[1])) == ("AuthenticAMD", 26)
+    )
+
+
 class _Facts(TypedDict):
     """What is found out the same way on every architecture."""
 
@@ -208,6 +228,7 @@ def _x86(usable: frozenset[str], facts: _Facts) -> Target:
         vector_bits=vector_bits,
         vector_registers=vector_registers,
         tensor_instructions=x86.tensor_instructions_of(usable),
+        separate_adders=has_separate_adders(_read(Path("/proc/cpuinfo")) or ""),
         **facts,
     )
 

@@ -62,6 +62,8 @@ class Target:
         system's own.
     sources : tuple of str
         Where each fact comes from.
+    separate_adders : bool
+        Whether vectors are added on units of their own, beside as many that multiply and add.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Target:
     sources: tuple[str, ...]
     glibc: str | None = None
     disabled: tuple[str, ...] = ()
+    separate_adders: bool = False
 
     def without(self, *features: str) -> Target:
         """Return this target with some of its dot product and matrix extensions left out.

@@ -2,8 +2,8 @@
 
 Rewrites ``relax.nn.conv2d`` in NHWC/OHWI with constant weights: dense and grouped ones to weights
 ``[ceil(K / tk), R, S, C / G, tk]`` with zeros in the rounding, depthwise ones to ``[R, S, C]``,
-3x3 ones of stride 1 and 2 to Winograd's forms where those are modelled faster. 16-bit floats are
-widened as they are read, data once for each task; see `half_conv2d` for machines that multiply
+3x3 ones of stride 1 and 2 to Winograd's forms where those are modelled faster, 1x1 ones to products
+of sums (`pairs`) where the machine adds beside multiplying. 16-bit floats are widened as they are read, data once for each task; see `half_conv2d` for machines that multiply
 them. Everything else keeps TVM's own legalization. Runs after the layout is NHWC and before fusion.
 Numerics: sums may be taken in another order.
 """
@@ -17,6 +17,7 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
+from hone.targets.schedule import pairs
 from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.tile_model import choose_tile, chunk_of
 from hone.targets.schedule.weight_chunks import CHUNK, WHOLE
@@ -32,6 +33,7 @@ from .anchors import (
     through_layout_change,
 )
 from .half import is_half, widen, widened_source
+from .pairs import lower_conv2d as lower_by_pairs
 from .window import Window as Window
 from .winograd import choose_form, transform_of, winograd_conv2d
 from .winograd_transforms import Transform
@@ -327,9 +329,14 @@ def legalize_conv2d(
         if by_phases and strided_winograd.applies(machine, window, channels=channels):
             packed = pack_conv2d_weight(values, strided_winograd.pack_width(machine, channels))
             return strided_winograd.lower_conv2d(bb, data, packed, window, channels=channels)
+        data, channels_first = through_layout_change(bb, data)
+        single = dtype == "float32" and not is_half(data)
+        in_place = window.is_pointwise and single and not channels_first
+        area = {"height": height, "width": width, "channels": channels, "depth": depth}
+        if in_place and finite and pairs.applies(machine, **area):
+            return lower_by_pairs(machine, bb, data, values)
         tile = choose_tile(machine, **layer, chunks=True)
         pack = tile.vectors * machine.lanes
-        data, channels_first = through_layout_change(bb, data)
         pointwise = (
             window.is_pointwise
             and channels % pack == 0

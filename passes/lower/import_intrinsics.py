@@ -1,9 +1,9 @@
 """Gives each function the LLVM IR of the intrinsics that it calls.
 
-Rewrites host functions whose body calls an operator of `hone.targets.half_intrinsics` or
-`hone.targets.word_intrinsics`: the code generator links and inlines what stands in
-``pragma_import_llvm``. Runs just before
-``LowerTVMBuiltin``, which is before these operators are lowered. Numerics: exact.
+Rewrites host functions whose body calls an operator of `hone.targets.half_intrinsics`,
+`hone.targets.word_intrinsics` or `hone.targets.adder_intrinsics`: the code generator links and
+inlines what stands in ``pragma_import_llvm``. Runs just before ``LowerTVMBuiltin``, which is before
+these operators are lowered. Numerics: exact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tvm
 from tvm import tirx
 from tvm.ir.expr import TensorLoad
 
-from hone.targets import half_intrinsics, word_intrinsics
+from hone.targets import adder_intrinsics, half_intrinsics, word_intrinsics
 
 
 def _expressions(statement: tirx.Stmt) -> Iterator[tirx.Expr]:
@@ -67,7 +67,10 @@ class ImportIntrinsics:
         """Return the function with its imports, or the very same function."""
         seen: set[int] = set()
         calls = [call for value in _expressions(func.body) for call in _calls(value, seen)]
-        text = half_intrinsics.definitions(calls) + word_intrinsics.definitions(calls)
+        text = "".join(
+            module.definitions(calls)
+            for module in (half_intrinsics, word_intrinsics, adder_intrinsics)
+        )
         if not text:
             return func
         anywhere = tirx.IntImm("int32", 0)

@@ -22,6 +22,7 @@ from .generic import schedule_generic
 from .integer import schedule_dot_conv2d, schedule_dot_dense
 from .machine import Machine
 from .matrix import schedule_matrices
+from .pairs import schedule_pairs
 from .pooling import schedule_pooling
 from .resize import schedule_resize
 from .rows import schedule_columns, schedule_rows
@@ -66,6 +67,7 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         return "bands"
     for prefix, rule in (
         ("conv_acc", "conv2d"),
+        ("pair_acc", "pairs"),
         ("dw_acc", "window"),
         ("mm_acc", "dense"),
         ("mmrow_acc", "single_row"),
@@ -104,6 +106,7 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "bands": schedule_bands,
         "resize": schedule_resize,
         "pooling": schedule_pooling,
+        "pairs": schedule_pairs,
         "rows": schedule_rows,
         "columns": schedule_columns,
         "winograd": schedule_winograd,

@@ -59,6 +59,8 @@ class Machine:
         At which all threads together stream weights that a run uses once, see `holding`.
     l3_holds : bool
         Whether the weights of the model stay in the last cache from one run to the next.
+    separate_adders : bool
+        Whether vectors are added on units of their own, beside as many that multiply and add.
     decided : tuple of (str, str)
         Choices that were measured: the option to take at a point, see `pick`.
     asked : dict, optional
@@ -75,6 +77,7 @@ class Machine:
     l3_bytes: int = 0
     weight_bytes_per_cycle: int = WEIGHT_BYTES_PER_CYCLE
     l3_holds: bool = False
+    separate_adders: bool = False
     decided: tuple[tuple[str, str], ...] = ()
     asked: dict[str, tuple[str, ...]] | None = field(default=None, compare=False, repr=False)
 
@@ -90,6 +93,7 @@ class Machine:
             threads=threads,
             integer_dot=integer_dot_of(target),
             half_dot=half_dot_of(target),
+            separate_adders=target.separate_adders,
         )
 
     def holding(self, weights_bytes: int) -> Machine:

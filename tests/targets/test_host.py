@@ -149,3 +149,17 @@ def test_host_switches_off_what_an_arm_core_lacks(monkeypatch):
     attributes = target.llvm(4)["mattr"]
     assert {"+dotprod", "-aes", "-lse", "-fullfp16"} <= set(attributes)
     assert "caches: not reported by sysfs, the least that such cores have" in target.sources
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", True),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", False),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 26\n", False),
+        ("", False),
+    ],
+    ids=["Zen 5", "Zen 4", "another vendor", "nothing said"],
+)
+def test_separate_adders_are_known_by_family(cpuinfo, expected):
+    assert host.has_separate_adders(cpuinfo) is expected
