@@ -64,9 +64,10 @@ def attention(call: Call) -> Any:
     if dtype in ("float32", "float64"):
         scores = op.multiply(call.bb.emit(op.matmul(query, turned)), const(scale, dtype))
     else:
-        # As the definition says, so that sums stay small.
-        root = const(math.sqrt(scale), dtype)
-        scores = op.matmul(op.multiply(query, root), op.multiply(turned, root))
+        # As the definition says, so that sums stay small; which has no root of a scale below 0.
+        root = math.sqrt(abs(scale))
+        left = op.multiply(query, const(math.copysign(root, scale), dtype))
+        scores = op.matmul(left, op.multiply(turned, const(root, dtype)))
     steps = [call.bb.emit(scores)]
     cap = call.attributes.get("softcap", 0.0)
     if cap > 0:
@@ -90,6 +91,8 @@ def attention(call: Call) -> Any:
         result = call.bb.emit(op.where(own, result, zero))
     if is_flat:
         result = op.reshape(result, call.outputs[0].shape)
+    # Without a cap in mode 0, as the text and the function of the definition have it; onnx's
+    # reference implementation returns the capped scores there.
     mode = int(call.attributes.get("qk_matmul_output_mode", 0))
     inner = (steps[0], capped, masked, shares)[mode]
     if mode == 3 and seen is not None:

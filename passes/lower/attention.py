@@ -1,12 +1,11 @@
 """Lowers attention to one TIR function in which the scores of a few rows exist at a time.
 
-Rewrites ``hone.attention`` and ``relax.nn.attention`` in float32, ``softmax(Q K^T scale + bias) V``
-with scores that may be covered or left out. A block of rows takes
-its products with a block of keys, their softmax and the products with the values without leaving
-the core's cache, see `attention_kernel`; the keys are transposed once for each head. Heads that are
-a slice of a wider tensor are read where they lie, and several heads of queries may share one of
-keys. Runs at legalization. Numerics: sums may be taken in another order, and the scale is applied
-to the keys; for exp see `elementary`.
+Rewrites ``hone.attention``, ``softmax(Q K^T scale + bias) V`` with scores that may be covered or
+left out. A block of rows takes its products with a block of keys, their softmax and the products
+with the values without leaving the core's cache, see `attention_kernel`; the keys are transposed
+once for each head. Heads that are a slice of a wider tensor are read where they lie, and several
+heads of queries may share one of keys. Runs at legalization. Numerics: sums may be taken in another
+order, and the scale is applied to the keys; for exp see `elementary`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from tvm.ir import Op
 from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.tile_model import Tile, choose_tile
 
-from .anchors import ANCHOR, default_legalization
+from .anchors import ANCHOR
 from .attention_kernel import AttentionKernel, Blocks, Heads
 from .attention_operator import Attention
 
@@ -91,18 +90,13 @@ def _heads(bb: relax.BlockBuilder, expr: relax.Expr, operands: list[relax.Expr])
 
 
 def legalize_attention(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    """Legalize one call of ``hone.attention`` or ``relax.nn.attention``. See the module."""
+    """Legalize one call of ``hone.attention``. See the module."""
     found = Attention.of(call)
     batch, rows, heads, depth = (int(extent) for extent in call.args[0].ty.shape)
     _, keys, key_heads, channels = (int(extent) for extent in call.args[2].ty.shape)
     blocks = choose_blocks(machine, rows=rows, keys=keys, depth=depth, channels=channels)
-    fits = (
-        heads % key_heads == 0
-        and all(str(argument.ty.dtype) == "float32" for argument in call.args)
-        and all(int(mask.ty.shape[-1]) == keys for mask in call.args[3:])
-    )
-    if found is None or blocks is None or not fits:
-        return default_legalization(bb, call)
+    if blocks is None:
+        raise RuntimeError(f"attention over {keys} keys was checked to have a kernel, and has none")
     operands: list[relax.Expr] = []
     query, key, value = (_heads(bb, argument, operands) for argument in call.args[:3])
     masks: dict[str, int | None] = {"bias": None, "cover": None}
@@ -116,6 +110,7 @@ def legalize_attention(machine: Machine, bb: relax.BlockBuilder, call: relax.Cal
         value=value,
         bias=masks["bias"],
         cover=masks["cover"],
+        fill=found.fill,
         cover_first=found.cover_first,
         causal=found.causal,
         batch=batch,

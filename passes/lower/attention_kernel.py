@@ -21,8 +21,8 @@ from .elementary import exp2_below_0, tanh
 from .reductions import MAX, SUM, Reducer, reduce_rows
 
 _LOG2E = math.log2(math.e)
-# What a cover holds for a key that is seen, and what the score of one that is not seen becomes.
-_SHOWN = tirx.const(math.inf, "float32")
+_LEAST = 3.4e38
+# The score of a key that is not seen.
 _HIDDEN = tirx.const(-math.inf, "float32")
 
 
@@ -86,8 +86,9 @@ class AttentionKernel:
     query, key, value : Heads
         Where they are among the operands, ``[B, rows, heads, D]`` each.
     bias, cover : int or None
-        Where the bias and the cover ``[B or 1, H or 1, M or 1, S]`` are. A score is replaced by its
-        cover unless that is plus infinity.
+        Where the bias and the cover ``[B or 1, H or 1, M or 1, S]`` are, float32 and uint8.
+    fill : float
+        What takes the place of a score whose cover is 0.
     cover_first : bool
         The bias is added to what the cover leaves, rather than covered as well.
     causal : int or None
@@ -109,6 +110,7 @@ class AttentionKernel:
     value: Heads
     bias: int | None
     cover: int | None
+    fill: float
     cover_first: bool
     causal: int | None
     batch: int
@@ -126,10 +128,10 @@ class AttentionKernel:
     def _base(self) -> float:
         """What turns logarithms to base e into those that the scores are: it joins their factor.
 
-        1 where there is a mask, which may hold the least finite number: times log2(e) it is
-        infinite.
+        1 where the least finite number may be added: times log2(e) it is infinite.
         """
-        return _LOG2E if self.bias is None and self.cover is None else 1.0
+        scaled = self.cover is None or math.isinf(self.fill) or abs(self.fill) < _LEAST / _LOG2E
+        return _LOG2E if self.bias is None and scaled else 1.0
 
     def _power(self, difference: tirx.Expr) -> tirx.Expr:
         """Return the power of a difference of scores, which is not above 0."""
@@ -157,8 +159,12 @@ class AttentionKernel:
         """Return ``[B, M, H, C]``."""
         turned = self._turned(operands[self.key.operand])
         values = self._values(operands[self.value.operand])
-        bias = None if self.bias is None else self._extended(operands[self.bias], "attn_bias")
-        cover = None if self.cover is None else self._extended(operands[self.cover], "attn_cover")
+        bias = cover = None
+        if self.bias is not None:
+            bias = self._extended(operands[self.bias], _HIDDEN, "attn_bias")
+        if self.cover is not None:
+            # What lies beyond the last key is hidden behind the cover.
+            cover = self._extended(operands[self.cover], tirx.const(1, "uint8"), "attn_cover")
         guarded = bias is not None or cover is not None
         states: list[_State] = []
         for index in range(self.blocks.count):
@@ -208,13 +214,13 @@ class AttentionKernel:
         )
         return lambda *i: copied[i]
 
-    def _extended(self, mask: te.Tensor, name: str) -> te.Tensor:
-        """Return a bias or cover with minus infinity for the keys beyond the last."""
+    def _extended(self, mask: te.Tensor, beyond: tirx.Expr, name: str) -> te.Tensor:
+        """Return a bias or cover with an element for each key beyond the last."""
         if self._wide == self.keys:
             return mask
         return te.compute(
             (*mask.shape[:3], self._wide),
-            lambda b, h, m, s: tirx.if_then_else(s < self.keys, mask[b, h, m, s], _HIDDEN),
+            lambda b, h, m, s: tirx.if_then_else(s < self.keys, mask[b, h, m, s], beyond),
             name=name,
         )
 
@@ -247,15 +253,16 @@ class AttentionKernel:
                 own = [0 if int(n) == 1 else i for i, n in zip(at, mask.shape, strict=False)]
                 return mask[(*own, first + s)]
 
+            fill = tirx.const(self.fill * self._base, "float32")
             if cover is not None and self.cover_first:
-                value = tirx.Select(of(cover) == _SHOWN, value, of(cover))
+                value = tirx.Select(of(cover) != 0, value, fill)
             if bias is not None:
                 value = value + of(bias)
             if cover is not None and not self.cover_first:
-                value = tirx.Select(of(cover) == _SHOWN, value, of(cover))
+                value = tirx.Select(of(cover) != 0, value, fill)
             if self.causal is not None:
                 value = tirx.Select(first + s <= m + self.causal, value, _HIDDEN)
-            if bias is not None or cover is not None or first + self.blocks.keys <= self.keys:
+            if bias is not None or first + self.blocks.keys <= self.keys:
                 return value
             return tirx.Select(first + s < self.keys, value, _HIDDEN)
 

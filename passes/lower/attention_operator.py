@@ -18,9 +18,6 @@ from hone.errors import ModelError
 from hone.passes import ffi_errors as ffi_errors  # type inference must be able to raise
 
 NAME = "hone.attention"
-_PLAIN = ("relax.nn.attention", "relax.nn.attention_bias")
-ATTENTION = (NAME, *_PLAIN)
-"""The operators that `Attention.of` reads."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +36,9 @@ class Attention:
     bias : relax.Expr, optional
         float32 ``[B or 1, H or 1, M or 1, S]``, is added to the scores.
     cover : relax.Expr, optional
-        float32 of such a shape; what takes the place of a score, unless it is plus infinity.
+        uint8 of such a shape; where it is 0, ``fill`` takes the place of a score.
+    fill : float
+        Minus infinity, or a number.
     cover_first : bool
         The bias is added to what the cover leaves, rather than covered as well.
     causal : int, optional
@@ -53,29 +52,14 @@ class Attention:
     cap: float | None = None
     bias: relax.Expr | None = None
     cover: relax.Expr | None = None
+    fill: float = -math.inf
     cover_first: bool = True
     causal: int | None = None
 
     @classmethod
-    def of(cls, call: relax.Call) -> Attention | None:
-        """Return what a call of this operator or of Relax's computes, None where that differs."""
+    def of(cls, call: relax.Call) -> Attention:
+        """Return what a call of the operator computes."""
         query, key, value, *masks = call.args
-        if str(call.op.name) in _PLAIN:
-            if call.attrs.window_size is not None:
-                return None
-            depth, rows, keys = (int(e.ty.shape[i]) for e, i in ((query, 3), (query, 1), (key, 1)))
-            causal = {None: None, "TopLeft": 0, "BottomRight": abs(keys - rows)}[
-                call.attrs.causal_mask
-            ]
-            scale = call.attrs.scale
-            return cls(
-                query=query,
-                key=key,
-                value=value,
-                scale=1 / math.sqrt(depth) if scale is None else float(scale),
-                bias=masks[0] if masks else None,
-                causal=causal,
-            )
         causal, cap = int(call.attrs["causal"]), float(call.attrs["cap"])
         return cls(
             query=query,
@@ -85,6 +69,7 @@ class Attention:
             cap=cap or None,
             bias=masks.pop(0) if call.attrs["bias"] else None,
             cover=masks.pop(0) if call.attrs["cover"] else None,
+            fill=float(call.attrs["fill"]),
             cover_first=bool(call.attrs["cover_first"]),
             causal=None if causal < 0 else causal,
         )
@@ -109,6 +94,7 @@ class Attention:
             cap=self.cap or 0.0,
             bias=int(self.bias is not None),
             cover=int(self.cover is not None),
+            fill=self.fill,
             cover_first=int(self.cover_first),
             causal=-1 if self.causal is None else self.causal,
         )
@@ -118,12 +104,13 @@ class Attention:
 
 
 def _infer(call: relax.Call) -> relax.TensorType:
-    for position, argument in enumerate(call.args):
+    types = ["float32"] * (3 + int(call.attrs["bias"])) + ["uint8"] * int(call.attrs["cover"])
+    for position, (argument, dtype) in enumerate(zip(call.args, types, strict=True)):
         type_ = argument.ty
         if not isinstance(type_, relax.TensorType) or type_.shape is None or type_.ndim != 4:
             raise ModelError(f"operand {position} must have four axes, not {type_}", where=NAME)
-        if str(type_.dtype) != "float32":
-            raise ModelError(f"operand {position} must be float32, not {type_.dtype}", where=NAME)
+        if str(type_.dtype) != dtype:
+            raise ModelError(f"operand {position} must be {dtype}, not {type_.dtype}", where=NAME)
     shapes = [tuple(int(extent) for extent in argument.ty.shape) for argument in call.args]
     (batch, rows, heads, depth), key, value, *masks = shapes
     fits = (

@@ -177,9 +177,6 @@ def _covered(graph: Dataflow, call: relax.Call) -> Scores | None:
             continue
         if fill.size != np.count_nonzero(fill == fill.flat[0]) or not _fits(condition, call):
             return None
-        if fill.flat[0] == np.inf:
-            # What the kernel takes for a score that stays.
-            return None
         if found.causal is not None and fill.flat[0] != -np.inf:
             return None
         inner = graph.call(condition, _NOT)
@@ -262,7 +259,7 @@ def mask_over(
 
 
 def cover_over(builder: Rebuilder, cover: Cover, shape: tuple[int, ...], name: str) -> relax.Expr:
-    """Return a cover as the kernel takes it: plus infinity where a score stays, else the fill.
+    """Return a cover as the kernel takes it, a byte for each score: 1 where it stays, else 0.
 
     Parameters
     ----------
@@ -275,13 +272,13 @@ def cover_over(builder: Rebuilder, cover: Cover, shape: tuple[int, ...], name: s
     name : str
         Of the bindings.
     """
-    shown, fill = np.float32(np.inf), np.float32(cover.fill)
     if isinstance(cover.condition, np.ndarray):
-        values = np.where(cover.condition == cover.shown, shown, fill)
-        return relax.const(values.reshape(_padded(values.shape, shape)), "float32")
+        values = (cover.condition == cover.shown).astype("uint8")
+        return relax.const(values.reshape(_padded(values.shape, shape)), "uint8")
     condition = mask_over(builder, cover.condition, shape, f"{name}_axes")
-    sides = [relax.const(shown), relax.const(fill)]
-    return builder.emit(relax.op.where(condition, *(sides if cover.shown else sides[::-1])), name)
+    if not cover.shown:
+        condition = builder.emit(relax.op.logical_not(condition), f"{name}_not")
+    return builder.emit(relax.op.astype(condition, "uint8"), name)
 
 
 def _padded(own: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

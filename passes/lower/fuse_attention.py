@@ -10,6 +10,7 @@ divisions by constants become multiplications; sums may be taken in another orde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -294,6 +295,7 @@ def _emit(graph: Dataflow, builder: Rebuilder, match: _Match, name: str) -> rela
         cap=scores.cap,
         bias=bias,
         cover=cover,
+        fill=-math.inf if scores.cover is None else scores.cover.fill,
         cover_first=scores.cover_first,
         causal=scores.causal,
     ).call()

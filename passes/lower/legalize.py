@@ -21,7 +21,7 @@ from hone.targets.schedule.machine import Machine
 from .anchors import default_legalization, is_constant
 from .arg_extremum import GREATEST, LEAST, legalize_arg_extremum
 from .attention import legalize_attention
-from .attention_operator import ATTENTION
+from .attention_operator import NAME as ATTENTION
 from .computed_weights import legalize_computed_conv2d
 from .conv2d import legalize_conv2d
 from .elementary import ELEMENTARY_RULES
@@ -126,7 +126,7 @@ class LegalizeForCPU:
                     "relax.take": default_legalization,
                 },
             ),
-            **dict.fromkeys(ATTENTION, partial(legalize_attention, self._machine)),
+            ATTENTION: partial(legalize_attention, self._machine),
             "relax.nn.max_pool2d": legalize_max_pool2d,
             "relax.nn.avg_pool2d": legalize_avg_pool2d,
             "relax.image.resize2d": legalize_resize2d,

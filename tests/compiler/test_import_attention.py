@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
@@ -40,7 +40,8 @@ def model(
         for name, array in given
         if array is not None
     ]
-    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    result = helper.np_dtype_to_tensor_dtype(arrays[0].dtype) if arrays[0] is not None else 0
+    results = [helper.make_tensor_value_info(name, result, None) for name in outputs if name]
     graph = helper.make_graph([node], "g", inputs, results)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
 
@@ -114,7 +115,50 @@ def test_a_cap_below_0_is_none() -> None:
     np.testing.assert_array_equal(capped, run(model(*FOUR), feeds))
 
 
+def weights_of(mask: np.ndarray) -> np.ndarray:
+    """Return the shares of the keys that a mask ``[9, 13]`` shows; of none they are 0."""
+    scores = FOUR[0].astype("float64") @ FOUR[1].swapaxes(2, 3) / 4
+    powers = np.exp(np.where(mask, scores, -np.inf)) * mask
+    return powers / np.maximum(powers.sum(-1, keepdims=True), 1e-300)
+
+
+@pytest.mark.parametrize("shape", [(13,), (9, 13), (2, 1, 9, 13)], ids=["1", "2", "4"])
+@pytest.mark.parametrize("known", [False, True], ids=["given", "constant"])
+def test_a_boolean_mask_and_causality_hide_what_either_hides(
+    shape: tuple[int, ...], known: bool
+) -> None:
+    # "A boolean attn_mask intersects the allowed set"; onnx's reference fails for a mask of 1 axis.
+    mask = np.random.default_rng(11).random(shape) < 0.6
+    mask[..., 0] = len(shape) < 4
+    proto = model(*FOUR, mask, is_causal=1)
+    exact = weights_of(mask & np.tri(9, 13, dtype=bool)) @ FOUR[2]
+    feeds = dict(zip(NAMES, [*FOUR, mask], strict=False))
+    if known:
+        del proto.graph.input[3]
+        proto.graph.initializer.append(numpy_helper.from_array(feeds.pop("mask"), "mask"))
+    np.testing.assert_allclose(run(proto, feeds), exact, rtol=1e-4, atol=2e-5)
+
+
+def test_the_product_that_is_asked_for_is_not_capped() -> None:
+    proto = model(*FOUR, outputs=("y", "", "", "qk"), softcap=2.0, qk_matmul_output_mode=0)
+    feeds = dict(zip(NAMES, FOUR, strict=False))
+    exact = FOUR[0].astype("float64") @ FOUR[1].swapaxes(2, 3) / 4
+    np.testing.assert_allclose(run(proto, feeds), exact, rtol=1e-4, atol=2e-5)
+
+
+def test_a_scale_below_0_turns_the_order_of_the_keys_in_16_bits_too() -> None:
+    arrays = [x.astype("float16") for x in FOUR]
+    wide = [x.astype("float64") for x in arrays]
+    scores = wide[0] @ wide[1].swapaxes(2, 3) * -0.3
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    exact = powers / powers.sum(-1, keepdims=True) @ wide[2]
+    actual = run(model(*arrays, scale=-0.3), dict(zip(NAMES, arrays, strict=False)))
+    # Scores of up to 5 are rounded to 2**-9, and shares are off by as much of themselves.
+    np.testing.assert_allclose(actual, exact, rtol=1e-2, atol=1e-2)
+
+
 def run(proto: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the last output."""
     imported = hone.load(proto)
     target = resolve("host")
     lowered = pipeline.lower(imported.module, target, threads=2)
@@ -122,7 +166,8 @@ def run(proto: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
     executable = pipeline.build_executable(scheduled.module, target, threads=2)
     virtual = relax.VirtualMachine(executable, tvm.cpu())
     given = [tvm.runtime.tensor(feeds[spec.name]) for spec in imported.signature.inputs]
-    return virtual["main"](*given).numpy()
+    result = virtual["main"](*given)
+    return (result if len(proto.graph.output) == 1 else result[-1]).numpy()
 
 
 @pytest.mark.parametrize(

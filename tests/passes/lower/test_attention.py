@@ -239,7 +239,9 @@ def test_queries_share_heads_of_keys_and_values_have_their_own_depth(
     query = rng.standard_normal((2, 5, 6, 16)).astype("float32")
     key = rng.standard_normal((2, 9, 3, 16)).astype("float32")
     value = rng.standard_normal((2, 9, 3, 24)).astype("float32")
-    actual, rules = run_op(lambda q, k, v: op.nn.attention(q, k, v), query, key, value)
+    actual, rules = run_op(
+        lambda q, k, v: Attention(query=q, key=k, value=v, scale=0.25).call(), query, key, value
+    )
     assert "attention" in rules
     key, value = (np.repeat(x.astype("float64"), 2, axis=2) for x in (key, value))
     scores = np.einsum("bmhd,bshd->bhms", query, key) / 4
