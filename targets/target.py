@@ -162,6 +162,8 @@ class Target:
             # LLVM's vectorizer believes gathers and scatters to be cheap: it vectorizes outer loops
             # with them, and transpositions took 2 to 9 times as long (docs/performance.md).
             attributes += ["+prefer-no-gather", "+prefer-no-scatter"]
+            # Else LLVM takes `vpdpwssd` apart to a product and an addition where it sees a chain.
+            attributes.append("+fast-dpwssd")
             # `prefetchw` takes a line from the other cores before it is stored to. AMD64 has always
             # had it; an Intel 64 processor without it skips it, as a reserved no-operation.
             attributes.append("+prfchw")

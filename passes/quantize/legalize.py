@@ -4,7 +4,8 @@ Importing this module registers the default lowering, for vectors of `DEFAULT_LA
 the lowering that knows the machine. Weights are constants and are packed here, once, as int8:
 ``[K, R, S, C] → [ceil(K / tk), R, S, C / 4, tk, 4]`` for a machine that sums products of bytes
 (`dot_kernels`), ``[ceil(K / tk), R, S, C, tk]`` else, zeros in the rounding; depthwise
-``[R, S, C]``. Runs after `QuantizeInt8` and before fusion. Numerics: exact.
+``[R, S, C]``, or in pairs of rows (`depthwise_kernels`). Runs after `QuantizeInt8` and before
+fusion. Numerics: exact.
 """
 
 from __future__ import annotations
@@ -25,8 +26,16 @@ from hone.targets.integer_dot import GROUP, LEVEL_OFFSET
 from hone.targets.schedule.integer import choose_dot_tile
 from hone.targets.schedule.machine import Machine
 from hone.targets.schedule.tile_model import Tile, choose_tile
+from hone.targets.word_intrinsics import word_dot_of
 
-from . import dot_kernels, kernels, matrix_kernels, tile_kernels, winograd_lowering
+from . import (
+    depthwise_kernels,
+    dot_kernels,
+    kernels,
+    matrix_kernels,
+    tile_kernels,
+    winograd_lowering,
+)
 from .operators import NAMES
 
 DEFAULT_LANES = 16
@@ -160,7 +169,9 @@ def _dot_conv2d(
     call: relax.Call,
 ) -> relax.Expr:
     data, _, bias, *others = call.args
-    if int(call.attrs["groups"]) > 1 or str(data.ty.dtype) != "uint8":
+    if int(call.attrs["groups"]) > 1:
+        return _depthwise(machine, plain, bb, call)
+    if str(data.ty.dtype) != "uint8":
         return plain(bb, call)
     weight = _constant(call, 1)
     window = _window(call, weight.shape[1:3])
@@ -205,6 +216,25 @@ def _dot_conv2d(
         _corrected(bb, bias, weight, offset),
         *others,
         primfunc_name_hint="conv2d_int8",
+        primfunc_attrs=ANCHOR,
+    )
+
+
+def _depthwise(
+    machine: Machine, plain: Legalization, bb: relax.BlockBuilder, call: relax.Call
+) -> relax.Expr:
+    data, _, *others = call.args
+    weight = _constant(call, 1)
+    window = _window(call, weight.shape[1:3])
+    dot = word_dot_of(machine.integer_dot)
+    if dot is None or not depthwise_kernels.in_pairs(machine, window):
+        return plain(bb, call)
+    return bb.call_te(
+        partial(depthwise_kernels.conv2d, window=window, dot=dot, out_dtype=_dtype(call)),
+        data,
+        relax.const(depthwise_kernels.pack(weight[..., 0].transpose(1, 2, 0))),
+        *others,
+        primfunc_name_hint="depthwise_conv2d_int8",
         primfunc_attrs=ANCHOR,
     )
 

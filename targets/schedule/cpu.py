@@ -135,7 +135,7 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
     if rule == "conv2d":
         schedule_conv2d(schedule, machine, anchor, find("conv_pad"), blocks)
     elif rule == "window":
-        schedule_window(schedule, machine, anchor, find("dw_pad"), blocks)
+        schedule_window(schedule, machine, anchor, find("dw_pad") or find("dw_words"), blocks)
     elif rule == "dense":
         schedule_dense(schedule, machine, anchor, blocks)
     elif rule == "dot_conv2d":

@@ -12,6 +12,7 @@ from .blocks import (
     MIN_PARALLEL_STEPS,
     extents,
     finish_output,
+    name_of,
     output_block,
     parallelize,
     read_shape,
@@ -31,6 +32,8 @@ SMALL_IMAGE = 7 * 7
 POOLED_VECTORS = 4
 # Taps of a window that pooling takes so at most: all of them are unrolled for each vector.
 POOLED_TAPS = 9
+# Ends the name of a padded copy that holds two rows in each word.
+PAIRED = "_words"
 
 
 def column_tiles(width: int) -> list[int]:
@@ -48,10 +51,11 @@ def schedule_window(
     """Schedule a window sum or maximum with loops ``n, h, w, c, r, s``.
 
     The padding is inlined, not copied; its bounds are marked likely, so that loop partitioning
-    frees the inner tiles of them.
+    frees the inner tiles of them. Words of two rows are copied for each task, which fit L1.
     """
     output = output_block(schedule, anchor, blocks)
-    if padding is not None:
+    copied = padding is not None and name_of(schedule, padding).endswith(PAIRED)
+    if padding is not None and not copied:
         schedule.compute_inline(padding)
     n, h, w, c, r, s = schedule.get_loops(anchor)
     batch, height, width, channels, taps_h, taps_w = extents(schedule, anchor)
@@ -63,7 +67,8 @@ def schedule_window(
     w_outer, w_inner = schedule.split(w, [None, columns])
     c_outer, c_lane = schedule.split(c, [None, lanes])
     in_height, in_width = read_shape(schedule, anchor, 0)[1:3]
-    stride = max(in_height // height, 1)
+    # Of words a row of them is two rows of the image.
+    stride = max(in_height * (2 if copied else 1) // height, 1)
     share = 1
     if height % machine.threads == 0 and in_height * in_width > SMALL_IMAGE:
         share = machine.threads
@@ -74,12 +79,14 @@ def schedule_window(
         and channels // lanes <= POOLED_VECTORS
         and taps_h * taps_w <= POOLED_TAPS
     )
-    in_l1 = (
-        d
-        for d in shared
-        if ((height // d - 1) * stride + taps_h) * in_width * lanes * itemsize
-        <= machine.l1_bytes * 3 // 2
-    )
+    # What is copied is written and read again; it leaves a quarter of L1 to what it is made of.
+    held = machine.l1_bytes * 3 // 4 if copied else machine.l1_bytes * 3 // 2
+
+    def read_bytes(rows: int) -> int:
+        before = (rows - 1) * stride // (2 if copied else 1)
+        return (before + taps_h) * in_width * lanes * itemsize
+
+    in_l1 = (d for d in shared if read_bytes(height // d) <= held)
     parts = height if pools else next(in_l1, height)
     # Tuning tries the numbers of rows next to that one.
     near = sorted(shared, key=lambda d: abs(math.log(d / parts)))[:MOST_OPTIONS]
@@ -93,6 +100,9 @@ def schedule_window(
         schedule.reorder(n, h_part, c_outer, h_block, w_outer, r, s, w_inner, c_lane)
         tasks, tile, outer_loops = schedule.fuse(n, h_part, c_outer), w_outer, 3
     schedule.reverse_compute_at(output, tile, preserve_unit_loops=True)
+    if padding is not None and copied:
+        schedule.compute_at(padding, tasks, preserve_unit_loops=True)
+        schedule.vectorize(schedule.get_loops(padding)[-1])
     work = batch * height * width * channels * taps_h * taps_w
     parallelize(schedule, tasks, work=work, least=MIN_PARALLEL_STEPS)
     schedule.vectorize(c_lane)

@@ -153,6 +153,89 @@ def test_conv2d_equals_the_oracle_for_every_instruction(case: Conv, form: str) -
 
 
 @dataclass(frozen=True, kw_only=True)
+class Depthwise:
+    name: str
+    shape: tuple[int, int, int, int]
+    taps: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    residual: bool = False
+    data: str = "uint8"
+    extreme: bool = False
+
+    @property
+    def filters(self) -> tuple[int, int, int]:
+        return (self.shape[3], *self.taps)
+
+
+DEPTHWISE = [
+    Depthwise(name="even_rows", shape=(1, 6, 5, 32)),
+    Depthwise(name="odd_rows_of_batch_3", shape=(3, 7, 11, 16)),
+    Depthwise(name="two_taps", shape=(1, 5, 6, 16), taps=(2, 1), padding=(0, 0, 0, 0)),
+    Depthwise(name="five_taps", shape=(1, 9, 8, 16), taps=(5, 5), padding=(2, 2, 2, 2)),
+    Depthwise(name="uneven_padding", shape=(1, 5, 6, 16), taps=(4, 2), padding=(0, 1, 3, 0)),
+    Depthwise(name="columns_apart", shape=(1, 6, 9, 16), strides=(1, 2), dilation=(1, 2)),
+    Depthwise(name="one_pixel", shape=(2, 1, 1, 16)),
+    Depthwise(name="signed_data", shape=(1, 6, 5, 16), data="int8"),
+    Depthwise(name="residual", shape=(1, 6, 5, 16), residual=True),
+    Depthwise(name="extreme", shape=(1, 6, 5, 16), extreme=True),
+    # These are summed tap by tap.
+    Depthwise(name="stride_2", shape=(1, 9, 9, 16), strides=(2, 2)),
+    Depthwise(name="rows_apart", shape=(1, 9, 9, 16), dilation=(2, 1)),
+    Depthwise(name="five_channels", shape=(1, 6, 5, 5)),
+    Depthwise(name="one_tap", shape=(1, 6, 5, 16), taps=(1, 3)),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", DEPTHWISE, ids=lambda case: case.name)
+def test_depthwise_equals_the_oracle_for_every_instruction(case: Depthwise, form: str) -> None:
+    target = target_of(form)
+    rng = np.random.default_rng(3)
+    info = np.iinfo(case.data)
+    channels = case.shape[3]
+    data = rng.integers(info.min, info.max + 1, case.shape).astype(case.data)
+    weight = rng.integers(-127, 128, (channels, *case.taps, 1)).astype(np.int8)
+    if case.extreme:
+        data[:] = info.max
+        weight[:] = np.where(np.arange(channels) % 2, -127, 127)[:, None, None, None]
+    zero_point = int(rng.integers(info.min + 1, info.max + 1))
+    bias = rng.integers(-5000, 5000, channels).astype(np.int32)
+    acc = conv_sums(case, data, weight, zero_point, depthwise=True) + bias
+    multiplier = (rng.uniform(0.5, 1.5, channels) * 60 / np.abs(acc).max()).astype(np.float32)
+    levels = [zero_point, 130, 9, 247]
+    rest = []
+    if case.residual:
+        multiplier = multiplier * GUARD
+        levels.append(77)
+        residual = rng.integers(0, 256, acc.shape).astype(np.uint8)
+        rest = [residual, np.array([0.37], np.float32) * GUARD]
+    levels_array = np.array(levels, np.int32)
+
+    def build(data, bias, multiplier, levels, *rest):
+        return operators.conv2d_int8(
+            data,
+            relax.const(weight),
+            bias,
+            multiplier,
+            levels,
+            *rest,
+            strides=case.strides,
+            padding=case.padding,
+            dilation=case.dilation,
+            groups=channels,
+            out_dtype="uint8",
+        )
+
+    got, rules = compiled(build, [data, bias, multiplier, levels_array, *rest], target)
+    want = requantized(acc, multiplier, levels_array, "uint8", *rest)
+    assert rules == {"window"}
+    np.testing.assert_array_equal(got, want)
+    assert len(np.unique(got)) > 2, "the case must not saturate"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dense:
     name: str
     shape: tuple[int, ...]
