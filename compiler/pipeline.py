@@ -24,6 +24,7 @@ from hone.passes.lower.fuse_operators import FuseOperators
 from hone.passes.lower.legalize import LegalizeForCPU
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 from hone.passes.lower.raw_kernels import RAW, RawKernels
+from hone.passes.lower.top_k import LowerTopK
 from hone.passes.lower.unify_convolutions import UnifyConvolutions
 from hone.passes.quantize.match_qdq import MatchQdq
 from hone.passes.quantize.pack_weights import PackWeights
@@ -120,9 +121,13 @@ def lower_stages_of(machine: Machine, *, compact: bool = False) -> tuple[Stage, 
     return (
         Stage(
             name="dispatch",
-            summary="sorting and sampling go to the runtime's own routines",
+            summary="top-k becomes a kernel; sorting and sampling are the runtime's own routines",
             run=tvm.transform.Sequential(
-                [relax.backend.DispatchSampling(), relax.backend.DispatchSortScan()]
+                [
+                    LowerTopK(),
+                    relax.backend.DispatchSampling(),
+                    relax.backend.DispatchSortScan(),
+                ]
             ),
         ),
         Stage(

@@ -288,6 +288,8 @@ CASES = [
     *(Case(kind="extremum", inputs=((3, 19, 67),), nodes=(
         Node(op=op, attributes={"axis": axis}), Node(op="Cast", attributes={"to": 1})))
       for op, axis in (("ArgMax", -1), ("ArgMin", 1))),
+    one("extremum", "TopK", (3, 7, 101), weights=(ints(5),)),
+    one("extremum", "TopK", (3, 37, 5), weights=(ints(7),), axis=1, largest=0),
     one("sampling", "GridSample", (3, 5, 7, 6), (3, 4, 3, 2), padding_mode="border"),
     one("normalization", "RMSNormalization", (3, 7, 37), weights=((37,),), axis=-1),
     *(Case(kind="activation", inputs=((3, 7, 41),), nodes=(Node(op="Mul", weights=((41,),)), node))
@@ -354,7 +356,8 @@ class Network:
         return name
 
     def _node(self, name: str, op: str, inputs: list[str], **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
+        names = [name, f"{name}_indices"] if op == "TopK" else [name]
+        self.nodes.append(helper.make_node(op, inputs, names, name=name, **attributes))
         return name
 
     def _add(self, name: str, case: Case) -> None:
