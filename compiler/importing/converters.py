@@ -157,6 +157,22 @@ def _one_hot(call: Call) -> Any:
 # ---------------------------------------------------------------- elementwise
 
 
+def _mish(call: Call) -> Any:
+    """``x tanh(ln(1 + e^x)) = x n / (n + 2)`` with ``n = e^x (e^x + 2)``; beyond 20 it is x.
+
+    At x = 1: e^x = 2.71828, n = 12.82562, and the result is 0.86510.
+    """
+    x, dtype = call.inputs[0], call.dtype()
+    if dtype == "float64":
+        return None
+    # In float16 e^5 (e^5 + 2) is still finite, and n / (n + 2) rounds to 1.
+    most = const(5 if dtype == "float16" else 20, dtype)
+    two = const(2, dtype)
+    power = call.bb.emit(op.exp(op.minimum(most, x)))
+    n = call.bb.emit(op.multiply(power, op.add(power, two)))
+    return op.multiply(x, op.divide(n, op.add(n, two)))
+
+
 def _elu(call: Call) -> Any:
     """``max(x, 0) - alpha max(1 - exp(x), 0)``."""
     x, dtype = call.inputs[0], call.dtype()
@@ -348,6 +364,7 @@ CONVERTERS: Final[Mapping[str, Converter]] = {
     "LayerNormalization": _layer_normalization,
     "Max": _pairwise(op.maximum),
     "Min": _pairwise(op.minimum),
+    "Mish": _mish,
     "OneHot": _one_hot,
     "Pow": _pow,
     "Reshape": _reshape,
