@@ -85,6 +85,17 @@ def _planes(pairs: Pairs, data: te.Tensor, window: Window, *, width: int) -> te.
     return te.compute(shape, element, name=f"conv_pad{PLAIN_ROWS}")
 
 
+def by_planes(window: Window) -> bool:
+    """Say whether an image in NCHW is read by planes, pairs of taps, where it is in that layout.
+
+    Seven taps of three channels are 12 pairs so, 14 by pairs of channels; a single tap would be
+    half of a pair, and twice the products of 64 channels.
+    """
+    depth, taps_w = window.shape[3], window.taps[1]
+    planes, channels = depth * -(-taps_w // PAIR), -(-depth // PAIR) * taps_w
+    return window.dilation[1] == 1 and planes <= channels
+
+
 def conv2d(
     data: te.Tensor,
     weight: te.Tensor,
@@ -198,9 +209,10 @@ def legalize_half_conv2d(
     if transform is not None:
         return _winograd(machine, pairs, bb, data, values, window, transform)
     height, width = window.output
-    data, channels_first = through_layout_change(bb, data)
-    if window.dilation[1] > 1:
-        data, channels_first = call.args[0], False
+    if by_planes(window):
+        data, channels_first = through_layout_change(bb, data)
+    else:
+        channels_first = False
     data = rounded_source(bb, data)
     if channels_first:
         values = values.transpose(0, 3, 1, 2)

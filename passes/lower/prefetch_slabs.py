@@ -15,7 +15,7 @@ from tvm_ffi import structural_map, structural_walk
 
 from hone.targets.schedule.blocks import PREFETCH_SLAB
 
-from .prefetch_weights import LINE, enclosing_loops, request, streams
+from .prefetch_weights import enclosing_loops, line_of, request, streams
 
 # Locality of LLVM's intrinsic: into the second level.
 SECOND_LEVEL = 2
@@ -41,7 +41,8 @@ def _requests(body: tirx.Stmt, loop: tirx.For, place: int, loops: int) -> list[t
     elements, passes = (int(number) for number in loop.annotations[PREFETCH_SLAB])
     stream = streams(loop.body)[0]
     turns, parts = int(loop.extent), loops * passes
-    at_once = -(-elements // (LINE * parts * turns))
+    line = line_of(stream.source)
+    at_once = -(-elements // (line * parts * turns))
     outer = enclosing_loops(body, loop)[0].loop_var if passes > 1 else 0
 
     def start(variable: tirx.Var) -> tirx.Expr:
@@ -51,7 +52,7 @@ def _requests(body: tirx.Stmt, loop: tirx.For, place: int, loops: int) -> list[t
     slab = tirx.floordiv(first, elements) * elements + elements
     turn = (outer + place * passes) * turns + loop.loop_var
     return [
-        request(stream.source, [slab + (turn * at_once + index) * LINE], SECOND_LEVEL)
+        request(stream.source, [slab + (turn * at_once + index) * line], SECOND_LEVEL)
         for index in range(at_once)
     ]
 

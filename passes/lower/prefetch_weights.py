@@ -16,16 +16,39 @@ import math
 from collections.abc import Sequence
 
 import tvm
-from tvm import tirx
+from tvm import sym, tirx
 from tvm.ir.expr import TensorLoad
 from tvm_ffi import structural_equal, structural_map, structural_walk
 
-from hone.targets.schedule.blocks import PREFETCH, PREFETCH_TILE
+from hone.targets.schedule.blocks import LINE_BYTES, PREFETCH, PREFETCH_TILE
 
-# float32 elements of a line of a cache: one request brings a line.
-LINE = 16
 # Locality of LLVM's intrinsic: into the first level.
 FIRST_LEVEL = 3
+
+
+def line_of(tensor: tirx.Buffer) -> int:
+    """Return the elements of a line of a cache, which one request brings: 16 of float32."""
+    return LINE_BYTES // int(tvm.runtime.DataType(str(tensor.dtype)).itemsize)
+
+
+def first_of_lines(loads: Sequence[TensorLoad]) -> list[TensorLoad]:
+    """Return one of the vectors that begin within a line's length of one before, and the others.
+
+    Two vectors of 16 elements of 16 bits, one behind the other, are one request.
+    """
+    analyzer = sym.Analyzer()
+    kept: list[TensorLoad] = []
+
+    def near(load: TensorLoad, other: TensorLoad) -> bool:
+        if not load.source.same_as(other.source):
+            return False
+        apart = analyzer.simplify(load.indices[0].base - other.indices[0].base)
+        return isinstance(apart, tirx.IntImm) and 0 <= int(apart) < line_of(load.source)
+
+    for load in loads:
+        if not any(near(load, other) for other in kept):
+            kept.append(load)
+    return kept
 
 
 def streams(body: tirx.Stmt) -> list[TensorLoad]:
@@ -112,7 +135,7 @@ def _tile_requests(
         gone = any(variable.same_as(each.loop_var) for each in (*inner, *outer))
         return tirx.const(0, "int32") if gone else variable
 
-    lines = -(-step // LINE)
+    lines = -(-step // line_of(read[0].source))
     stride = step // lines
     at_once = -(-lines // passes)
     following = structural_map(first.base, (tirx.Var, start)) + elements
@@ -145,7 +168,7 @@ class PrefetchWeights:
             if distance is not None:
                 requests = [
                     request(load.source, [load.indices[0].base + distance], FIRST_LEVEL)
-                    for load in streams(loop.body)
+                    for load in first_of_lines(streams(loop.body))
                 ]
             elif tile is not None:
                 requests = _tile_requests(func.body, loop, *(int(number) for number in tile))

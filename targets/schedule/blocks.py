@@ -77,6 +77,12 @@ def read_shape(schedule: s_tir.Schedule, block: SBlockRV, index: int) -> list[in
     return [int(extent) for extent in schedule.get(block).reads[index].source.shape]
 
 
+def item_bytes(schedule: s_tir.Schedule, block: SBlockRV, index: int) -> int:
+    """Return the bytes of an element of the tensor that the block reads at a position."""
+    source = schedule.get(block).reads[index].source
+    return int(tvm.runtime.DataType(str(source.dtype)).itemsize)
+
+
 def vector_length(extent: int, lanes: int) -> int:
     """Return the largest power of two up to ``lanes`` that divides the extent."""
     return math.gcd(extent, lanes)

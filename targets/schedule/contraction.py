@@ -20,6 +20,7 @@ from .blocks import (
     MIN_PARALLEL_MULTIPLY_ADDS,
     extents,
     finish_output,
+    item_bytes,
     name_of,
     output_block,
     parallelize,
@@ -98,7 +99,8 @@ def schedule_conv2d(
     h_outer, h_inner = schedule.split(h, [None, rows])
     w_outer, w_inner = schedule.split(w, [None, columns])
     k_outer, k_vector, k_lane = schedule.split(k, [None, vectors, lanes])
-    weight_bytes = math.prod(read_shape(schedule, anchor, 1)) * 4
+    itemsize = item_bytes(schedule, anchor, 1)
+    weight_bytes = math.prod(read_shape(schedule, anchor, 1)) * itemsize
     input_bytes = math.prod(read_shape(schedule, anchor, 0)) * 4
     row_parts, channel_parts = choose_tasks(
         machine,
@@ -158,7 +160,9 @@ def schedule_conv2d(
             channels=tile_channels,
             l2_bytes=machine.l2_bytes,
         )
-    distance = prefetch_distance(machine, rows=batch * height * width, weight_bytes=weight_bytes)
+    distance = prefetch_distance(
+        machine, rows=batch * height * width, weight_bytes=weight_bytes, itemsize=itemsize
+    )
     if chunk == WHOLE:
         prefetch_ahead(schedule, c, distance)
     elif distance:
@@ -186,7 +190,8 @@ def schedule_dense(
     )
     m_outer, m_inner = schedule.split(m, [None, tile_rows])
     k_outer, k_vector, k_lane = schedule.split(k, [None, vectors, lanes])
-    weight_bytes = channels * depth * 4
+    itemsize = item_bytes(schedule, anchor, 1)
+    weight_bytes = channels * depth * itemsize
     input_bytes = math.prod(batch) * rows * depth * 4
     row_parts, channel_parts = choose_tasks(
         machine,
@@ -221,7 +226,9 @@ def schedule_dense(
     prefetch_ahead(
         schedule,
         c,
-        prefetch_distance(machine, rows=math.prod(batch) * rows, weight_bytes=weight_bytes),
+        prefetch_distance(
+            machine, rows=math.prod(batch) * rows, weight_bytes=weight_bytes, itemsize=itemsize
+        ),
     )
     start_sums(schedule, anchor, c, outer_loops=3)
     finish_output(schedule, output, outer_loops=3, lanes=machine.lanes)

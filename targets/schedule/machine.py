@@ -215,7 +215,7 @@ PREFETCH_BYTES = 32 * 1024
 PREFETCH_SHARE = 0.02
 
 
-def prefetch_distance(machine: Machine, *, rows: int, weight_bytes: int) -> int:
+def prefetch_distance(machine: Machine, *, rows: int, weight_bytes: int, itemsize: int = 4) -> int:
     """Choose how many elements ahead the weights of a product are requested.
 
     Parameters
@@ -226,6 +226,8 @@ def prefetch_distance(machine: Machine, *, rows: int, weight_bytes: int) -> int:
         Pixels, or rows of the left matrix, that each weight is multiplied with.
     weight_bytes : int
         Of all weights of the product.
+    itemsize : int
+        Bytes of one weight: 2 where 16-bit floats are widened in registers.
 
     Returns
     -------
@@ -238,4 +240,4 @@ def prefetch_distance(machine: Machine, *, rows: int, weight_bytes: int) -> int:
         return 0
     stream = 1 / WEIGHT_BYTES_PER_CYCLE
     products = rows / 4 / (machine.lanes * FMA_PER_CYCLE * machine.threads)
-    return PREFETCH_BYTES // 4 if stream > PREFETCH_SHARE * products else 0
+    return PREFETCH_BYTES // itemsize if stream > PREFETCH_SHARE * products else 0

@@ -12,6 +12,8 @@ from tvm import relax
 
 from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.graph.to_half import ToHalf
+from hone.passes.lower.half_conv2d import by_planes
+from hone.passes.lower.window import Window
 
 RunOp = Callable[..., tuple[np.ndarray, list[str]]]
 
@@ -70,7 +72,23 @@ CONVS = [
     Conv(id="a dilated input", x=(1, 3, 9, 9), k=8, dilation=(2, 2), inner=False),
     Conv(id="a wide input", x=(1, 3, 24, 40), k=32, taps=(7, 7), strides=(2, 2),
          padding=(3, 3, 3, 3), inner=False),
+    Conv(id="an input of many channels, one by one", x=(1, 32, 6, 5), k=24, taps=(1, 1),
+         padding=(0, 0, 0, 0), inner=False),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("depth", "taps", "dilation", "expected"),
+    [(3, 7, 1, True), (3, 3, 1, True), (64, 1, 1, False), (4, 3, 1, False), (3, 7, 2, False)],
+)
+def test_planes_are_read_where_pairs_of_taps_are_no_more_than_pairs_of_channels(
+    depth: int, taps: int, dilation: int, expected: bool
+) -> None:
+    window = Window(
+        shape=(1, 9, 9, depth), taps=(taps, taps), strides=(1, 1), dilation=(1, dilation),
+        padding=(0, 0, 0, 0),
+    )  # fmt: skip
+    assert by_planes(window) is expected
 
 
 @pytest.mark.parametrize("case", CONVS, ids=lambda case: case.id)

@@ -41,6 +41,27 @@ def test_a_marked_loop_requests_what_it_reads_and_does_not_write() -> None:
     tvm.ir.assert_structural_equal(after, expected.with_attr("global_symbol", "main"))
 
 
+@T.prim_func(s_tir=True)
+def halves(w: T.Buffer((144,), "float16"), y: T.Buffer((48,), "float16")):
+    for c in T.serial(3, annotations={"hone.prefetch": 80}):
+        y[T.Ramp(0, 1, 16)] = y[T.Ramp(0, 1, 16)] + w[T.Ramp(c * 48, 1, 16)]
+        y[T.Ramp(16, 1, 16)] = y[T.Ramp(16, 1, 16)] + w[T.Ramp(c * 48 + 16, 1, 16)]
+        y[T.Ramp(32, 1, 16)] = y[T.Ramp(32, 1, 16)] + w[T.Ramp(c * 48 + 32, 1, 16)]
+
+
+def test_vectors_of_16_bits_that_share_a_line_are_requested_once() -> None:
+    module = tvm.IRModule({"main": halves.with_attr("global_symbol", "main")})
+    after = PrefetchWeights()(module)["main"]
+    found: list[str] = []
+
+    def note(call: tvm.ir.Call) -> None:
+        if call.op == tvm.ir.Op.get("tirx.address_of"):
+            found.append(str(call.args[0].indices[0]))
+
+    structural_walk(after.body, ((tvm.ir.Call, note),))
+    assert found == ["c * 48 + 80", "c * 48 + 32 + 80"]
+
+
 # Three passes over tiles of four steps of two vectors: a line of each step, half a tile in a pass.
 @T.prim_func(s_tir=True)
 def tiles(x: T.Buffer((12,)), w: T.Buffer((256,)), y: T.Buffer((192,))):
