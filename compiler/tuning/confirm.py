@@ -197,7 +197,10 @@ def confirm(
     trials: dict[tuple[str, int], Trial] = {}
     best: dict[str, Trial] = {}
     ranks = max(candidates.values(), default=0)
-    say(f"trying up to {ranks} candidates of each of {len(candidates)} kernels inside the model")
+    if decide:
+        say(
+            f"trying up to {ranks} candidates of each of {len(candidates)} kernels inside the model"
+        )
     for number in range(ranks):
         trying = {kernel: number for kernel, count in candidates.items() if count > number}
         say("")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import random
+import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,9 +22,8 @@ import tvm
 from tvm import tirx
 
 from hone.host_code import MOST_ARGUMENTS, walker_source
-from hone.packaging.loaded_code import aligned_empty
 from hone.passes.apply import apply
-from hone.passes.lower.export_kernels import PREFIX, RAW_PIPELINE
+from hone.passes.lower.export_kernels import ALIGNMENT_BYTES, PREFIX, RAW_PIPELINE
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG
 from hone.passes.lower.raw_kernels import RawKernels, is_static
 from hone.plan import Place, Plan, Region
@@ -33,10 +32,12 @@ from hone.targets.toolchain import find_linker
 
 from .pinning import pin, workers
 
-_libc = ctypes.CDLL(None)
-
-MOST_GAP_BYTES = 1 << 16
-"""Of what is left free in front of moved tensors."""
+PAGE_BYTES = 4096
+HEADER_BYTES = 16
+MAPPED_BYTES = 128 * 1024
+HUGE_BYTES = 4 * 1024 * 1024
+"""Of the C library and NumPy: a page, what stands before an allocation, the size from which on it
+has pages of its own, and that from which on NumPy asks for huge ones."""
 
 LAUNCH = "__TVMBackendParallelLaunch"
 """Where generated code looks for what runs its parallel loops."""
@@ -172,6 +173,43 @@ class Planned:
         return [call.kernel for call in self.plan.calls]
 
 
+class _Region:
+    """Fresh pages, and places in them as a package's allocators give them.
+
+    Pages that a process used before may be huge or not; a package's weights lie in small ones, and
+    a workspace of some megabytes in huge ones, which NumPy asks for. The difference is up to 5% of
+    a kernel.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Bytes of what is to have a place.
+    array : bool
+        Whether it is one array of NumPy.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, array: bool = False) -> None:
+        self.offsets = []
+        end = 0
+        for size in sizes:
+            start = -(-end // PAGE_BYTES) * PAGE_BYTES if size >= MAPPED_BYTES else end
+            start = -(-(start + HEADER_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            self.offsets.append(start)
+            end = start + size
+        self._map = mmap.mmap(-1, max(end, 1))
+        if array and end >= HUGE_BYTES:
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes = np.frombuffer(self._map, np.uint8)
+
+    def address(self, index: int) -> int:
+        """Return where a tensor begins."""
+        return int(self.bytes.ctypes.data) + self.offsets[index]
+
+    def view(self, index: int, size: int) -> np.ndarray:
+        """Return the bytes of a tensor."""
+        return self.bytes[self.offsets[index] : self.offsets[index] + size]
+
+
 class Memory:
     """The memory that versions of a model share: inputs, outputs, weights and one workspace.
 
@@ -185,14 +223,11 @@ class Memory:
     """
 
     def __init__(self, inputs: Sequence[np.ndarray]) -> None:
-        self._given = list(inputs)
+        self._given = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in inputs]
         self._values: dict[str, np.ndarray] = {}
-        self._inputs: list[np.ndarray] = []
-        self._outputs: list[np.ndarray] = []
-        self._weights: dict[str, tvm.runtime.Tensor] = {}
-        self._workspace = aligned_empty((0,), np.dtype(np.uint8))
-        self._gap = np.empty(0, np.uint8)
-        self._random = random.Random(0)
+        self._places: dict[str, int] = {}
+        self._sizes: list[int] = []
+        self._weights = self._ends = self._workspace = _Region([])
 
     def version(self, plan: Plan, addresses: Mapping[str, int]) -> Planned:
         """Return a version of the model, whose weights are remembered.
@@ -207,8 +242,9 @@ class Memory:
         digests = []
         for constant in plan.constants:
             value = constant.value.numpy()
-            digest = hashlib.sha256(value.tobytes()).hexdigest()
-            self._values.setdefault(digest, value)
+            data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            digest = hashlib.sha256(data.data).hexdigest()
+            self._values.setdefault(digest, data)
             digests.append(digest)
         return Planned(
             plan=plan,
@@ -223,23 +259,19 @@ class Memory:
 
     def move(self, versions: Sequence[Planned]) -> None:
         """Take new memory for everything that some versions of one model need."""
-        self._weights = {}
-        self._inputs = self._outputs = []
-        self._workspace = aligned_empty((0,), np.dtype(np.uint8))
-        # Freed memory would be given out again at the same place.
-        _libc.malloc_trim(0)
-        self._gap = np.empty(self._random.randrange(MOST_GAP_BYTES), np.uint8)
         wanted = dict.fromkeys(digest for version in versions for digest in version.weights)
-        self._weights = {key: tvm.runtime.tensor(self._values[key]) for key in wanted}
+        self._places = {digest: place for place, digest in enumerate(wanted)}
+        values = [self._values[digest] for digest in wanted]
+        self._weights = _Region([value.nbytes for value in values])
+        for place, value in enumerate(values):
+            self._weights.view(place, value.nbytes)[...] = value
         size = max(version.plan.workspace_bytes for version in versions)
-        self._workspace = aligned_empty((size,), np.dtype(np.uint8))
-        self._inputs = [aligned_empty(a.shape, a.dtype) for a in self._given]
-        for slot, array in zip(self._inputs, self._given, strict=True):
-            slot[...] = array
-        self._outputs = [
-            aligned_empty((shape.size_bytes,), np.dtype(np.uint8))
-            for shape in versions[0].plan.outputs
-        ]
+        self._workspace = _Region([size], array=True)
+        outputs = [shape.size_bytes for shape in versions[0].plan.outputs]
+        self._sizes = [*(array.nbytes for array in self._given), *outputs]
+        self._ends = _Region(self._sizes)
+        for place, array in enumerate(self._given):
+            self._ends.view(place, array.nbytes)[...] = array
 
     def steps(self, version: Planned) -> np.ndarray:
         """Return what `Walker.walk` runs for a version, in the memory of now."""
@@ -251,16 +283,15 @@ class Memory:
 
     def output(self, index: int) -> np.ndarray:
         """Return the bytes of an output after a run."""
-        return self._outputs[index]
+        place = len(self._given) + index
+        return self._ends.view(place, self._sizes[place])
 
     def _at(self, place: Place, version: Planned) -> int:
         if place.region is Region.CONSTANT:
-            start = int(self._weights[version.weights[place.index]].data_ptr())
+            start = self._weights.address(self._places[version.weights[place.index]])
+        elif place.region is Region.WORKSPACE:
+            start = self._workspace.address(0)
         else:
-            array = {
-                Region.WORKSPACE: [self._workspace],
-                Region.INPUT: self._inputs,
-                Region.OUTPUT: self._outputs,
-            }[place.region][place.index]
-            start = int(array.ctypes.data)
+            behind = len(self._given) if place.region is Region.OUTPUT else 0
+            start = self._ends.address(behind + place.index)
         return start + place.offset_bytes

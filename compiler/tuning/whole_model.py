@@ -7,6 +7,7 @@ all versions share their weights and their graph, and differ in the kernels alon
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -39,7 +40,13 @@ from .running import (
 from .versions import Kernels, Version, versions
 
 RESERVED = 6
-"""Least comparisons of two models that there has to be time for after the last rank."""
+RESERVED_SHARE = 0.45
+LAST_SHARE = 0.15
+"""What is kept for the comparisons of single candidates and whole models, after the last rank: so
+many of the shortest ones, or a share of the time; and the share that is for the whole model."""
+
+ANSWER_S = 0.3
+"""In which an answer is on its way before the deadline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +101,7 @@ class RunningModel:
         self._untuned = self._version({})
         self._untuned.run()
         self._run_s = probe(self._untuned)
-        # Without the comparisons at the end, all trials would be for nothing.
-        self._reserve_s = RESERVED * least_s(self._run_s, 2)
+        self._ranks_until = self._alone_until = self._deadline
 
     def pin(self) -> None:
         """Pin the threads of the runs, in a process that has no other business."""
@@ -105,7 +111,9 @@ class RunningModel:
         kernels = [built for item in choice.items() for built in self._kernel(*item)]
         return self._versions.load(self._program, [*kernels, self._untuned_kernels])
 
-    def offer(self, candidates: Mapping[str, Candidates], deadline: float) -> None:
+    def offer(
+        self, candidates: Mapping[str, Candidates], deadline: float, *, decide: bool = True
+    ) -> None:
         """Say what may replace each kernel, and until when.
 
         Parameters
@@ -114,10 +122,19 @@ class RunningModel:
             By kernel.
         deadline : float
             Monotonic time.
+        decide : bool
+            Whether single candidates and whole models will be compared at the end, without which
+            all trials would be for nothing: they have a part of the time.
         """
+        left = deadline - time.monotonic()
         self._candidates = dict(candidates)
-        self._deadline = deadline
         self._built = {}
+        self._deadline = self._ranks_until = self._alone_until = deadline
+        if decide:
+            self._deadline -= ANSWER_S
+            reserve_s = max(RESERVED * least_s(self._run_s, 2), RESERVED_SHARE * left)
+            self._ranks_until = self._deadline - reserve_s
+            self._alone_until = self._deadline - max(least_s(self._run_s, 2), LAST_SHARE * left)
 
     def profile(self) -> dict[str, float]:
         """Return the seconds of all calls of each function in one run of the untuned model."""
@@ -147,7 +164,7 @@ class RunningModel:
         """Time each kernel of a choice; see `hone.tuning.confirm.Stage`."""
         built = {}
         for kernel, number in choice.items():
-            fitting(self._run_s, 2, self._deadline - self._reserve_s)
+            fitting(self._run_s, 2, self._ranks_until)
             if self._kernel(kernel, number):
                 built[kernel] = number
         if not built:
@@ -177,7 +194,7 @@ class RunningModel:
             interleave(
                 {name: block(one) for name, one in watched.items()},
                 self._run_s,
-                self._deadline - self._reserve_s,
+                self._ranks_until,
                 move=lambda: self._versions.move(list(watched.values())),
                 settled=lambda samples: len(samples[UNTUNED]) >= SCREEN_ROUNDS,
             )
@@ -191,7 +208,7 @@ class RunningModel:
             self._versions,
             {UNTUNED: one, RECORD: other},
             self._run_s,
-            self._deadline - least_s(self._run_s, 2),
+            self._alone_until,
             columns=columns,
         )
 
@@ -229,7 +246,7 @@ def serve(connection: Connection, model: str, target: str, threads: int) -> None
         connection.send(("profile", running.profile()))
         while True:
             candidates, deadline, decide = connection.recv()
-            running.offer(candidates, deadline)
+            running.offer(candidates, deadline, decide=decide)
             found = _confirmed(running, candidates, connection.send, decide=decide)
             connection.send(("confirmed", found))
     except EOFError:  # the search is gone

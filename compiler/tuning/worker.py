@@ -263,6 +263,7 @@ class Search:
         deadline = now + INSIDE_SHARE * (self._deadline - now)
         large = [i for i, share in enumerate(self._shares) if share >= LEAST_SHARE]
         idle = 0
+        self._say("say", text=f"searching schedules of {len(large)} kernels inside the model")
         while large and idle < IDLE_TURNS and time.monotonic() < deadline:
             made: dict[str, list[Made]] = {}
             until = time.monotonic() + MAKING_SHARE * (deadline - time.monotonic())
