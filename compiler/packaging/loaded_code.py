@@ -19,6 +19,10 @@ from .tvm_runtime import TVMRuntime
 # (kAllocAlignment in tvm/runtime/device_api.h).
 ALIGNMENT_BYTES = 64
 
+# Tensors of this size and more are read and written where the caller has them; to find out where a
+# smaller one lies takes as long as to copy it.
+LEAST_IN_PLACE_BYTES = 1 << 16
+
 _CPU = 1  # kDLCPU of DLPack
 _POOLED = 2  # AllocatorType::kPooled of tvm/runtime/memory/memory_manager.h
 
@@ -112,6 +116,8 @@ class BoundRun:
         self._result: Any = None
         self._outputs: list[np.ndarray] = []
         self._results: list[tuple[str, np.ndarray]] = []
+        self._large: list[tuple[int, np.ndarray]] = []
+        self._fresh: dict[int, np.ndarray] = {}
         self._table = 0
         if code.planned is not None:
             self._outputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.outputs]
@@ -122,6 +128,11 @@ class BoundRun:
             addresses += [weight.data_ptr() for weight in code.weights]
             self._pointers = np.array(addresses, np.uint64)
             self._table = int(self._pointers.ctypes.data)
+            self._large = [
+                (number, array)
+                for number, array in enumerate(arrays[1:], 1)
+                if array.nbytes >= LEAST_IN_PLACE_BYTES
+            ]
 
     def fits(self, inputs: Mapping[str, np.ndarray]) -> bool:
         """Say whether inputs are as the signature lists them, in native byte order.
@@ -143,6 +154,30 @@ class BoundRun:
         for name, slot in self._slots:
             slot[...] = inputs[name]
 
+    def take(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Let the next call read large inputs where they lie, and write large outputs anew.
+
+        The inputs were checked. One that does not lie at a multiple of 64 bytes, or not in order,
+        is copied as by `fill`, and so is every one for the virtual machine.
+        """
+        if self._code.watched or not self._large:
+            self.fill(inputs)
+            return
+        large = {number for number, _ in self._large}
+        for number, (name, slot) in enumerate(self._slots, 1):
+            array = inputs[name]
+            if number in large:
+                place = _in_place(array, slot)
+                self._pointers[number] = place or slot.ctypes.data
+                if place:
+                    continue
+            slot[...] = array
+        for number, array in self._large:
+            if number > len(self._slots):
+                fresh = aligned_empty(array.shape, array.dtype)
+                self._fresh[number] = fresh
+                self._pointers[number] = fresh.ctypes.data
+
     def call(self) -> None:
         """Run."""
         code = self._code
@@ -155,9 +190,14 @@ class BoundRun:
             self._result = [self._slice(number) for number in range(code.slices)]
 
     def outputs(self) -> dict[str, np.ndarray]:
-        """Copy what the last call returned."""
+        """Return what the last call did, as arrays of the caller's own."""
         if self._result is None:
-            return {name: array.copy() for name, array in self._results}
+            fresh, self._fresh = self._fresh, {}
+            first = len(self._slots) + 1
+            return {
+                name: fresh[number] if number in fresh else array.copy()
+                for number, (name, array) in enumerate(self._results, first)
+            }
         specs = self._code.signature.outputs
         if self._code.slices == 1:
             return _collect(self._result, specs)
@@ -181,6 +221,14 @@ class BoundRun:
 
 def _rows(array: np.ndarray, code: LoadedCode) -> int:
     return int(array.shape[0]) // code.slices
+
+
+def _in_place(array: np.ndarray, slot: np.ndarray) -> int:
+    """Return the address at which code can read an input, 0 where it has to be copied."""
+    if type(array) is not np.ndarray or array.dtype != slot.dtype or not array.flags.c_contiguous:
+        return 0
+    address = int(array.ctypes.data)
+    return 0 if address % ALIGNMENT_BYTES else address
 
 
 def _check_signature(signature: Signature, code: Mapping[str, Sequence[Any]]) -> None:

@@ -198,6 +198,53 @@ def test_sorting_is_planned() -> None:
         np.testing.assert_array_equal(runner.run({"x": x})["i"], np.argsort(-x, axis=1)[:, :2])
 
 
+# --- where inputs and outputs lie -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 4], ids=["aligned", "anywhere"])
+def test_large_inputs_are_read_where_they_lie_and_large_outputs_are_new(offset: int) -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["y"]),
+        helper.make_node("Identity", ["x"], ["same"]),
+        helper.make_node("ReduceMax", ["small"], ["z"], keepdims=0),
+    ]
+    shapes = {"x": [3, 7, 1024], "small": [5]}
+    runner = load(model(nodes, shapes, {"y": shapes["x"], "same": shapes["x"], "z": []}))
+    assert runner.planned
+    memory = loaded_code.aligned_empty((3 * 7 * 1024 + 16,), np.dtype(np.float32))
+    x = memory[offset // 4 : offset // 4 + 3 * 7 * 1024].reshape(3, 7, 1024)
+    small = np.arange(5, dtype=np.float32)
+    kept = []
+    for seed in range(3):
+        x[...] = np.random.default_rng(seed).standard_normal(x.shape)
+        given = x.copy()
+        kept.append((given, runner.run({"x": x, "small": small})))
+        np.testing.assert_array_equal(x, given)
+    x[...] = 7
+    for given, found in kept:
+        np.testing.assert_array_equal(found["y"], np.maximum(given, 0))
+        np.testing.assert_array_equal(found["same"], given)
+        assert found["z"] == 4
+        found["same"][...] = 5
+    # Copies of another layout go to the runner's own memory again, and so do prepared inputs.
+    turned = np.asfortranarray(kept[0][0])
+    np.testing.assert_array_equal(
+        runner.run({"x": turned, "small": small})["y"], np.maximum(turned, 0)
+    )
+    runner.prepare({"x": x, "small": small})()
+
+
+def test_watched_runs_copy_large_inputs() -> None:
+    shape = [5, 4096]
+    runner = load(model([helper.make_node("Neg", ["x"], ["y"])], {"x": shape}, {"y": shape}))
+    for value in (1, 2):
+        x = loaded_code.aligned_empty((5, 4096), np.dtype(np.float32))
+        x[...] = value
+        assert (runner.run({"x": x})["y"] == -value).all()
+        with runner.instrumented(lambda *_: None):
+            assert (runner.run({"x": x + 1})["y"] == -value - 1).all()
+
+
 # --- several threads ------------------------------------------------------------------------
 
 
