@@ -4,7 +4,8 @@
 [--runs N] [--database DIR] [--json]``. Precisions and peers as in `peers.py`.
 Prints one row of `RESULTS.md` for each network: hone before and after tuning and every peer that is
 installed, all of them in each run. Nothing else may run on the machine meanwhile.
-Records are kept in the database: a second call goes on where the first one ended.
+What was decided, kernel by kernel, goes to the standard error. Records are kept in the database: a
+second call goes on where the first one ended.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from hone.quantized import Wanted
 from hone.tune import TuneResult
 
 NETWORKS = ("resnet18", "resnet50", "mobilenetv2", "bert-mini")
+AFTER_S = 40.0
+AFTER_SHARE = 0.1
+"""Of a session's seconds, for compiling both packages: at most so long, and at most a share."""
+
 TUNED = "tuned.hone"
 UNTUNED = "untuned.hone"
 
@@ -46,7 +51,7 @@ def tuned(
     found = driver.tune(
         model,
         threads=threads,
-        budget_s=seconds,
+        budget_s=seconds - min(AFTER_S, AFTER_SHARE * seconds),
         database=database,
         wanted=Wanted(precision=precision),
         progress=console(),
@@ -71,6 +76,30 @@ def search(found: TuneResult) -> dict[str, Any]:
         "lowerings": None if lowering is None else lowering.decided,
         "lowering_speedup": None if lowering is None else lowering.speedup,
     }
+
+
+def decisions(found: TuneResult) -> list[str]:
+    """Return what the session decided, one line for each decision."""
+    lines = []
+    if found.lowering is not None:
+        lines += [
+            f"lowering  {point}: {option}" for point, option in found.lowering.decided.items()
+        ]
+        lines.append(
+            f"lowering  {found.lowering.tried} of {found.lowering.choices} tried, the whole model "
+            f"{found.lowering.speedup or 1.0:.3f} times as fast"
+        )
+    for kernel in sorted(found.kernels, key=lambda kernel: -(kernel.model_ms or 0.0)):
+        if kernel.verdict == "confirmed" and kernel.untuned_ms and kernel.after_ms:
+            gain = kernel.untuned_ms / kernel.after_ms
+            lines.append(
+                f"schedule  {kernel.name}: {gain:.3f}, {kernel.model_ms or 0:.3f} ms a run"
+            )
+    lines.append(
+        f"schedule  {sum(kernel.trials for kernel in found.kernels)} tried, the whole model "
+        f"{found.model_speedup or 1.0:.3f} times as fast"
+    )
+    return lines
 
 
 def over_untuned(run: Bench) -> float:
@@ -99,7 +128,9 @@ def main() -> int:
     parser.add_argument("--only", choices=NAMES, action="append", help="repeatable")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=600.0, help="tuning of each network")
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="tuning of each, compiling included"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--runs", type=int, default=3, help="processes; the median is printed")
@@ -121,6 +152,8 @@ def main() -> int:
                 threads=arguments.threads,
                 database=arguments.database,
             )
+            for line in decisions(found):
+                print(f"{name}  {line}", file=sys.stderr, flush=True)
             runs = compare(
                 [folder / TUNED, folder / UNTUNED],
                 threads=arguments.threads,

@@ -123,13 +123,14 @@ def make_arguments(
         else:
             values = generator.random(shape, dtype=np.float32) * np.float32(0.95)
             values += np.float32(0.05)
-            values = values.astype(_numpy_dtype(dtype))
+            values = values.astype(numpy_dtype(dtype))
         tensors.append(tvm.runtime.tensor(np.asarray(values)))
     return tensors
 
 
-def _numpy_dtype(dtype: str) -> Any:
-    if dtype.startswith("float") and dtype[5:].isdigit():
+def numpy_dtype(dtype: str) -> Any:
+    """Return NumPy's type of a name of TVM's, bfloat16 and its kin included."""
+    if dtype.startswith(("int", "uint", "bool")) or dtype[5:].isdigit():
         return np.dtype(dtype)
     import ml_dtypes
 

@@ -86,6 +86,10 @@ class Stage(Protocol):
         """
         ...
 
+    def right(self, choice: Choice) -> bool:
+        """Say whether the model computes what the untuned one does."""
+        ...
+
     def pair(self, before: Choice, after: Choice) -> Views:
         """Time the calls in which two choices differ and those behind them, in turns.
 
@@ -219,44 +223,64 @@ def confirm(
                 best[kernel] = trial
     if not decide:
         return Confirmation(trials=tuple(trials.values()), speedup=None)
-    used, speedup = _settled(stage, _alone(stage, best, say), say)
+    found, untried = _alone(stage, best, say)
+    used, speedup = _settled(stage, found, say)
     return Confirmation(
         trials=tuple(
             replace(trial, kept=kernel in used and used[kernel].candidate == candidate)
             for (kernel, candidate), trial in trials.items()
+            if trial not in untried
         ),
         speedup=speedup,
     )
 
 
-def _alone(stage: Stage, best: Mapping[str, Trial], say: Callable[[str], None]) -> dict[str, Trial]:
-    """Return the candidates that are faster on top of one another, the calls behind included."""
+def _alone(
+    stage: Stage, best: Mapping[str, Trial], say: Callable[[str], None]
+) -> tuple[dict[str, Trial], list[Trial]]:
+    """Return the candidates that are faster on top of one another, the calls behind included.
+
+    And those for which no time was left, on which there is no verdict.
+    """
     used: dict[str, Trial] = {}
     if best:
         say(f"trying the faster candidates of {len(best)} kernels one by one")
-    for kernel, trial in sorted(best.items(), key=lambda item: -item[1].saved_s):
+    ordered = sorted(best.items(), key=lambda item: -item[1].saved_s)
+    for number, (kernel, trial) in enumerate(ordered):
         before = {name: other.candidate for name, other in used.items()}
         say("")
+        if not stage.right({kernel: trial.candidate}):
+            say(f"candidate {trial.candidate + 1} of kernel {kernel} computes something else")
+            continue
         try:
             measured = stage.pair(before, {**before, kernel: trial.candidate})
         except OutOfTime:
-            say("no time is left to try the others")
-            break
+            untried = [other for _, other in ordered[number:]]
+            say(f"no time is left to try the candidates of {len(untried)} kernels")
+            return used, untried
         if measured.faster(RECORD, over=UNTUNED):
             used[kernel] = trial
-    return used
+    return used, []
 
 
 def _settled(
     stage: Stage, used: dict[str, Trial], say: Callable[[str], None]
 ) -> tuple[dict[str, Trial], Speedup | None]:
     """Return what does not make the whole model slower, and its speedup."""
+    slower = False
     while used:
-        say("comparing the whole models")
+        if not slower:
+            say("comparing the whole models")
         choice = {kernel: trial.candidate for kernel, trial in used.items()}
-        measured = stage.whole({UNTUNED: {}, RECORD: choice})
+        try:
+            measured = stage.whole({UNTUNED: {}, RECORD: choice})
+        except OutOfTime:
+            if not slower:
+                raise
+            break
         if not measured.slower(RECORD, over=UNTUNED):
             return used, measured.quiet.speedup(RECORD, over=UNTUNED)
+        slower = True
         weakest = min(used, key=lambda kernel: used[kernel].saved_s)
         used = {kernel: trial for kernel, trial in used.items() if kernel != weakest}
     return {}, None

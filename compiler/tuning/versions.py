@@ -21,6 +21,7 @@ from hone.pipeline import Stage, finalize_stages
 from hone.plan import Plan, plan_of
 from hone.profiling.kernel_timer import BUILTIN, clock_reader
 
+from .builder import numpy_dtype
 from .pinning import pin_all
 from .planned import Memory, Planned, Walker, is_walkable
 
@@ -45,6 +46,10 @@ class Version(Protocol):
 
     def run(self) -> None:
         """Run it once."""
+        ...
+
+    def outputs(self) -> list[np.ndarray]:
+        """Run it once, and return what came out."""
         ...
 
     def watch(self, rounds: Rounds) -> np.ndarray:
@@ -172,6 +177,16 @@ class PlannedVersion:
         """Run it once."""
         self._walk(1)
 
+    def outputs(self) -> list[np.ndarray]:
+        """Run it once, and return what came out; what no kernel writes is 0."""
+        self._memory.move([self.planned])
+        self.moved()
+        self.run()
+        return [
+            self._memory.output(i).view(numpy_dtype(shape.dtype)).reshape(shape.extents).copy()
+            for i, shape in enumerate(self.planned.plan.outputs)
+        ]
+
     def _block(self, rounds: Rounds) -> np.ndarray:
         """Return the ticks of the runs of a block that count."""
         rows = []
@@ -239,10 +254,6 @@ class PlannedVersions:
             version.planned for version in versions if isinstance(version, PlannedVersion)
         )
 
-    def output(self, index: int) -> np.ndarray:
-        """Return the bytes of an output of the last run."""
-        return self._memory.output(index)
-
     def pin(self) -> None:
         """Pin the threads of the runs."""
         self._walker.pin()
@@ -270,6 +281,12 @@ class MachineVersion:
     def run(self) -> None:
         """Run it once."""
         self._main(*self._inputs)
+
+    def outputs(self) -> list[np.ndarray]:
+        """Run it once, and return what came out."""
+        result = self._main(*self._inputs)
+        tensors = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
+        return [tensor.numpy() for tensor in tensors]
 
     def _names(self) -> list[str]:
         names: list[str] = []

@@ -21,7 +21,8 @@ from tvm.s_tir import meta_schedule as ms
 from hone.measure import Rounds
 from hone.targets import features
 
-from .builder import die_with_parent, make_arguments
+from .builder import WrongResultError, die_with_parent, make_arguments
+from .builder import compare as compare_results
 from .confirm import RECORD, UNTUNED, Choice, Confirmation, OutOfTime, Views, confirm
 from .reason import reason_of
 from .records import Match
@@ -199,6 +200,14 @@ class RunningModel:
                 settled=lambda samples: len(samples[UNTUNED]) >= SCREEN_ROUNDS,
             )
         )
+
+    def right(self, choice: Choice) -> bool:
+        """Say whether the model computes the same; see `hone.tuning.confirm.Stage`."""
+        try:
+            compare_results(self._untuned.outputs(), self._version(choice).outputs())
+        except WrongResultError:
+            return False
+        return True
 
     def pair(self, before: Choice, after: Choice) -> Views:
         """Time what differs between two choices; see `hone.tuning.confirm.Stage`."""

@@ -30,8 +30,8 @@ from .confirm import Confirmation
 from .kernel import KernelSearch, cores
 from .order import WORTH_NOTING, Order
 from .reason import reason_of
-from .records import Match, Verdict, contenders, seconds_of, trace_key
-from .replay import REFUSALS, replay
+from .records import Verdict, contenders, seconds_of, trace_key
+from .replay import REFUSALS
 from .space import Made, TemplateSpace
 from .whole_handle import WholeModel
 from .whole_model import Candidates
@@ -50,9 +50,6 @@ LATER_CHANGES = 6
 IDLE_TURNS = 3
 """Schedules of a kernel in the first turn inside the model and in each further one, and the turns
 after which it ends when they have brought nothing."""
-
-CHECK_S = 20.0
-"""In which a candidate that is to be used is run once more, beside the untuned kernel."""
 
 PROFILE_SHARE = 0.2
 PROFILE_MOST_S = 30.0
@@ -147,13 +144,6 @@ class Kernel:
             made.candidate.args_info,
         ).as_json()
         return record
-
-    def scheduled(self, record: list[Any], target: tvm.target.Target) -> str:
-        """Return the JSON of this kernel as a record schedules it."""
-        filed = ms.database.Workload(self.module).as_json()
-        match = Match(workload=[str(filed[0]), str(filed[1])], record=record, untuned_s=None)
-        func = replay(self.module["main"], match, target)
-        return str(tvm.ir.save_json(tvm.IRModule({"main": func})))
 
     def job(self, module: str) -> Job:
         """Return the measurement of one scheduled form of this kernel."""
@@ -328,31 +318,22 @@ class Search:
         self._judge(confirmed, offered)
 
     def _judge(self, confirmed: Confirmation, offered: Mapping[str, Candidates]) -> None:
-        """Say what became of candidates; what is to be used has to be right."""
+        """Say what became of candidates."""
         trials = []
         for trial in confirmed.trials:
             position = int(trial.kernel)
-            kernel, record = self._kernels[position], offered[trial.kernel].records[trial.candidate]
-            kept = trial.kept and self._is_right(kernel, record)
-            kernel.verdicts[trace_key(record)] = Verdict.CONFIRMED if kept else Verdict.REJECTED
+            record = offered[trial.kernel].records[trial.candidate]
             trials.append(
                 {
                     "task": position,
                     "record": trace_key(record),
-                    "kept": kept,
+                    "kept": trial.kept,
                     "seconds": trial.seconds,
                     "untuned_s": trial.untuned_s,
                 }
             )
         speedup = None if confirmed.speedup is None else confirmed.speedup.ratio
         self._say("verdicts", speedup=speedup, trials=trials)
-
-    def _is_right(self, kernel: Kernel, record: list[Any]) -> bool:
-        """Say whether a candidate computes what the untuned kernel does."""
-        job = kernel.job(kernel.scheduled(record, self._target))
-        deadline = time.monotonic() + CHECK_S
-        outcomes = self._bench.measure([job], deadline, reference=kernel.job(kernel.untuned))
-        return any(one.position != REFERENCE and one.seconds for one in outcomes)
 
     def _search(self) -> bool:
         """Search; return whether every space was searched to its end."""

@@ -66,6 +66,9 @@ class Model:
             if number in self._kernels[kernel]
         }
 
+    def right(self, choice: Choice) -> bool:
+        return "wrong" not in choice
+
     def pair(self, before: Choice, after: Choice) -> Views:
         self._spend()
         changed = [kernel for kernel in after if before.get(kernel) != after[kernel]]
@@ -149,6 +152,27 @@ def test_a_candidate_that_slows_down_the_kernel_behind_it_does_not_stay() -> Non
     kernels = {"a": {-1: 100.0, 0: 50.0}, "b": {-1: 100.0, 0: 90.0}}
     confirmation, _ = run(Model(kernels, behind={"a": 60.0}), a=1, b=1)
     assert kept(confirmation) == {"b": 0}
+
+
+def test_a_candidate_that_computes_something_else_does_not_stay() -> None:
+    model = Model({"wrong": {-1: 100.0, 0: 50.0}, "b": {-1: 100.0, 0: 90.0}})
+    confirmation, said = run(model, wrong=1, b=1)
+    assert kept(confirmation) == {"b": 0}
+    assert "candidate 1 of kernel wrong computes something else" in said
+
+
+def test_there_is_no_verdict_on_candidates_for_which_no_time_was_left() -> None:
+    class Late(Model):
+        def pair(self, before: Choice, after: Choice) -> Views:
+            if "b" in after:
+                raise OutOfTime
+            return super().pair(before, after)
+
+    model = Late({"a": {-1: 100.0, 0: 50.0, 1: 120.0}, "b": {-1: 100.0, 0: 90.0, 1: 99.0}})
+    confirmation, said = run(model, a=2, b=2)
+    assert kept(confirmation) == {"a": 0}
+    assert [(t.kernel, t.candidate) for t in confirmation.trials] == [("a", 0), ("a", 1), ("b", 1)]
+    assert "no time is left to try the candidates of 1 kernels" in said
 
 
 def test_candidates_are_only_timed_when_nothing_is_to_be_decided() -> None:

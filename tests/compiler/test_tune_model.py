@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,22 @@ def test_a_replaced_kernel_runs_in_its_version_of_the_model_only(
     assert model.pair({}, {"0": 0}).slower(RECORD, over=UNTUNED)
     whole = model.whole({UNTUNED: {}, "slow": {"0": 0}})
     assert whole.slower("slow", over=UNTUNED)
+
+
+def test_a_candidate_that_computes_something_else_is_seen_by_the_outputs(
+    model: RunningModel, module: tvm.IRModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = candidates(module)
+    one = replace(found, functions=found.functions[:1])  # the other one ends with exp
+    model.offer({"0": one}, time.monotonic() + 60)
+    assert model.right({"0": 0})
+
+    def idle(func: tirx.PrimFunc, *_: object) -> tirx.PrimFunc:
+        return func.with_body(tirx.Evaluate(tirx.const(0, "int32")))
+
+    monkeypatch.setattr(whole_model, "replay", idle)
+    model.offer({"0": one}, time.monotonic() + 60)
+    assert not model.right({"0": 0})
 
 
 def test_a_record_that_does_not_apply_is_left_out(
