@@ -3,8 +3,9 @@
 Rewrites ``relax.nn.conv2d`` in NHWC/OHWI with constant weights: dense and grouped ones to weights
 ``[ceil(K / tk), R, S, C / G, tk]`` with zeros in the rounding, depthwise ones to ``[R, S, C]``,
 3x3 ones of stride 1 and 2 to Winograd's forms where those are modelled faster, 1x1 ones to products
-of sums (`pairs`) where the machine adds beside multiplying. 16-bit floats are widened as they are read, data once for each task; see `half_conv2d` for machines that multiply
-them. Everything else keeps TVM's own legalization. Runs after the layout is NHWC and before fusion.
+of sums (`pairs`) where the machine adds beside multiplying. 16-bit floats are widened as they are
+read, data once for each task; see `half_conv2d` for machines that multiply them. Everything else
+keeps TVM's own legalization. Runs after the layout is NHWC and before fusion.
 Numerics: sums may be taken in another order.
 """
 
@@ -17,13 +18,13 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
-from hone.targets.schedule import pairs
 from hone.targets.schedule.machine import Machine
+from hone.targets.schedule.pairs import applies as pairs_apply
 from hone.targets.schedule.tile_model import choose_tile, chunk_of
 from hone.targets.schedule.weight_chunks import CHUNK, WHOLE
 from hone.targets.schedule.winograd_model import Form, tile_rows
 
-from . import strided_winograd
+from . import pairs, strided_winograd
 from .anchors import (
     ANCHOR,
     DEPTHWISE,
@@ -33,7 +34,6 @@ from .anchors import (
     through_layout_change,
 )
 from .half import is_half, widen, widened_source
-from .pairs import lower_conv2d as lower_by_pairs
 from .window import Window as Window
 from .winograd import choose_form, transform_of, winograd_conv2d
 from .winograd_transforms import Transform
@@ -333,8 +333,9 @@ def legalize_conv2d(
         single = dtype == "float32" and not is_half(data)
         in_place = window.is_pointwise and single and not channels_first
         area = {"height": height, "width": width, "channels": channels, "depth": depth}
-        if in_place and finite and pairs.applies(machine, **area):
-            return lower_by_pairs(machine, bb, data, values)
+        if in_place and finite and pairs_apply(machine, **area):
+            weights = values[:, 0, 0, :].T
+            return pairs.lower_product(machine, bb, data, weights, name="pairs_conv2d")
         tile = choose_tile(machine, **layer, chunks=True)
         pack = tile.vectors * machine.lanes
         pointwise = (

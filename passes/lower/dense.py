@@ -1,9 +1,9 @@
 """Lowers matrix products to TIR: packed weights for a constant right side, plain otherwise.
 
 Rewrites ``relax.matmul`` in float32. A constant ``[C, K]`` right side becomes
-``[ceil(K / tk), C, tk]``, leading axes of the left side are one long axis; two activations
-become a batched product with its own block name. Runs before fusion. Numerics: sums may be
-taken in another order.
+``[ceil(K / tk), C, tk]``, leading axes of the left side are one long axis, or goes by products of
+sums (`pairs`) where the machine adds beside multiplying; two activations become a batched product
+with its own block name. Runs before fusion. Numerics: sums may be taken in another order.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import tvm
 from tvm import relax, te, tirx
 
 from hone.targets.schedule.machine import FMA_LATENCY, FMA_PER_CYCLE, Machine
+from hone.targets.schedule.pairs import applies as pairs_apply
 from hone.targets.schedule.tile_model import choose_tile
 
 from .anchors import ANCHOR, default_legalization, is_constant
 from .half import is_half, widen
+from .pairs import lower_product
 
 # With fewer rows than this in the last axis a register tile would be mostly empty.
 SHORT = 8
@@ -160,6 +162,17 @@ def legalize_matmul(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) 
     return default_legalization(bb, call)
 
 
+def goes_by_pairs(machine: Machine, left_shape: list[int], weight: np.ndarray) -> bool:
+    """Say whether ``[..., M, C] x [C, K]`` is computed by products of sums (`pairs`)."""
+    depth, channels = weight.shape
+    return (
+        weight.dtype == np.float32
+        and left_shape[-2] >= SHORT
+        and pairs_apply(machine, height=1, width=left_shape[-2], channels=channels, depth=depth)
+        and bool(np.isfinite(weight).all())
+    )
+
+
 def _packed(
     machine: Machine,
     bb: relax.BlockBuilder,
@@ -173,10 +186,13 @@ def _packed(
     flatten = rows < SHORT and math.prod(outer) > 1
     if flatten:
         rows = math.prod(left_shape[:-1])
-    tile = choose_tile(machine, height=1, width=rows, channels=channels, depth=depth, taps=1)
     data = call.args[0]
     if flatten:
         data = bb.emit(relax.op.reshape(data, (rows, depth)))
+    values = weight.value.numpy()
+    if goes_by_pairs(machine, left_shape, values):
+        return lower_product(machine, bb, data, values, name="pairs_dense")
+    tile = choose_tile(machine, height=1, width=rows, channels=channels, depth=depth, taps=1)
     chains = choose_chains(machine, rows=rows, channels=channels, depth=depth)
     if chains > 1:
         packed = pack_dense_weight(

@@ -61,66 +61,63 @@ def pack(weight: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(blocked.transpose(0, 3, 2, 1)), behind
 
 
-def pairs_conv2d(data: te.Tensor, weight: te.Tensor, behind: te.Tensor, *, lanes: int) -> te.Tensor:
-    """Return the 1x1 convolution of ``[N, H, W, C]`` with what `pack` returned.
+def pairs_product(
+    data: te.Tensor, weight: te.Tensor, behind: te.Tensor, *, lanes: int
+) -> te.Tensor:
+    """Return ``[..., C] x [C, K]`` with what `pack` returned; a 1x1 convolution over NHWC is one.
 
     Parameters
     ----------
     data, weight, behind : te.Tensor
-        The image, its weights, and factors and terms of the sums.
+        The left side, weights, and factors and terms of the sums.
     lanes : int
         Of a vector.
     """
-    batch, height, width, _ = (int(extent) for extent in data.shape)
+    *lead, _ = (int(extent) for extent in data.shape)
     blocks, half, _, tile = (int(extent) for extent in weight.shape)
     channels = blocks * tile
     strip = int(np.gcd(half, lanes))
     step = te.reduce_axis((0, half // strip), "step")
     lane = te.reduce_axis((0, strip), "lane")
     c = te.reduce_axis((0, half), "c")
-    lanes_of_own = te.compute(
-        (batch, height, width, strip),
-        lambda n, h, w, lane: te.sum(
-            data[n, h, w, step * strip + lane] * data[n, h, w, half + step * strip + lane],
-            axis=step,
-        ),
-        name="pair_lanes",
-    )
+
+    def own_product(*i: tirx.Var) -> tirx.Expr:
+        *at, lane = i
+        first = step * strip + lane
+        return te.sum(data[(*at, first)] * data[(*at, half + first)], axis=step)
+
+    lanes_of_own = te.compute((*lead, strip), own_product, name="pair_lanes")
     own = te.compute(
-        (batch, height, width),
-        lambda n, h, w: te.sum(lanes_of_own[n, h, w, lane], axis=lane),
-        name="pair_own",
+        lead, lambda *at: te.sum(lanes_of_own[(*at, lane)], axis=lane), name="pair_own"
     )
 
-    def product(n: tirx.Var, h: tirx.Var, w: tirx.Var, k: tirx.Var) -> tirx.Expr:
-        first, second = data[n, h, w, c], data[n, h, w, half + c]
+    def product(*i: tirx.Var) -> tirx.Expr:
+        *at, k = i
+        first, second = data[(*at, c)], data[(*at, half + c)]
         for_first, for_second = (weight[k // tile, c, which, k % tile] for which in (0, 1))
         by_product = k % tile // lanes == tile // lanes - 1
         left = tirx.Select(by_product, sum_by_product(first, for_first), first + for_first)
-        return left * (second + for_second)
+        return te.sum(left * (second + for_second), axis=c)
 
-    sums = te.compute(
-        (batch, height, width, channels),
-        lambda *i: te.sum(product(*i), axis=c),
-        name="pair_acc",
-    )
-    return te.compute(
-        (batch, height, width, channels),
-        lambda n, h, w, k: (sums[n, h, w, k] - own[n, h, w]) * behind[0, k] + behind[1, k],
-        name="pair_result",
-    )
+    sums = te.compute((*lead, channels), product, name="pair_acc")
+
+    def result(*i: tirx.Var) -> tirx.Expr:
+        *at, k = i
+        return (sums[i] - own[tuple(at)]) * behind[0, k] + behind[1, k]
+
+    return te.compute((*lead, channels), result, name="pair_result")
 
 
-def lower_conv2d(
-    machine: Machine, bb: relax.BlockBuilder, data: relax.Expr, weight: np.ndarray
+def lower_product(
+    machine: Machine, bb: relax.BlockBuilder, data: relax.Expr, weight: np.ndarray, *, name: str
 ) -> relax.Expr:
-    """Return the call of a 1x1 convolution's kernel; ``weight`` is ``[K, 1, 1, C]``."""
-    packed, behind = pack(weight[:, 0, 0, :], machine.lanes)
+    """Return the call of the kernel of ``[..., C] x [C, K]``, named after what it computes."""
+    packed, behind = pack(weight.T, machine.lanes)
     return bb.call_te(
-        partial(pairs_conv2d, lanes=machine.lanes),
+        partial(pairs_product, lanes=machine.lanes),
         data,
         relax.const(packed),
         relax.const(behind),
-        primfunc_name_hint="pairs_conv2d",
+        primfunc_name_hint=name,
         primfunc_attrs=ANCHOR,
     )

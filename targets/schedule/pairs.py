@@ -88,11 +88,19 @@ def schedule_pairs(schedule: s_tir.Schedule, machine: Machine) -> None:
     anchor, parts, own = (by_name[name] for name in ("pair_acc", "pair_lanes", "pair_own"))
     others = [b for name, b in by_name.items() if name not in ("pair_lanes", "pair_own")]
     output = output_block(schedule, anchor, others)
-    n, h, w, k = schedule.get_loops(output)
-    batch, height, width, channels = extents(schedule, output)
+    *outer, w, k = schedule.get_loops(output)
+    *sizes, width, channels = extents(schedule, output)
     *_, half = extents(schedule, anchor)
-    tiles = pixel_tiles(height, width)[:MOST_OPTIONS] or [(1, 1)]
+    image = len(outer) > 1 and sizes[-1] > 1
+    tiles = pixel_tiles(sizes[-1] if image else 1, width)[:MOST_OPTIONS] or [(1, 1)]
     rows, columns = machine.pick("pixels", {f"{r}x{d}": (r, d) for r, d in tiles})
+    if image:
+        h, height = outer.pop(), sizes.pop()
+    else:
+        # The rows of a matrix, of which threads take some: each register tile is a row of pixels.
+        h, w = schedule.split(w, [None, columns])
+        height, width = width // columns, columns
+    batch = math.prod(sizes)
     pack = read_shape(schedule, anchor, 1)[-1]
     h_outer, h_inner = schedule.split(h, [None, rows])
     w_outer, w_inner = schedule.split(w, [None, columns])
@@ -110,10 +118,10 @@ def schedule_pairs(schedule: s_tir.Schedule, machine: Machine) -> None:
     )
     h_part, h_block = schedule.split(h_outer, [row_parts, None])
     k_part, k_block = schedule.split(k_outer, [channel_parts, None])
-    order = (n, k_part, h_part) if weight_bytes > input_bytes else (n, h_part, k_part)
+    order = (k_part, h_part) if weight_bytes > input_bytes else (h_part, k_part)
     inside = machine.pick("inner", {"rows": (k_block, h_block), "weights": (h_block, k_block)})
-    schedule.reorder(*order, *inside, w_outer, h_inner, w_inner, k_vector, k_lane)
-    task = schedule.fuse(*order)
+    schedule.reorder(*outer, *order, *inside, w_outer, h_inner, w_inner, k_vector, k_lane)
+    task = schedule.fuse(*outer, *order)
     schedule.compute_at(anchor, w_outer, preserve_unit_loops=True)
     for block in (own, parts):
         schedule.compute_at(block, task, preserve_unit_loops=True)
@@ -122,10 +130,10 @@ def schedule_pairs(schedule: s_tir.Schedule, machine: Machine) -> None:
     for loop in (h_inner, w_inner, k_vector):
         schedule.unroll(loop)
     schedule.vectorize(k_lane)
-    *_, h, w, k, c = schedule.get_loops(anchor)
+    *pixels, k, c = schedule.get_loops(anchor)[4:]
     k_vector, k_lane = schedule.split(k, [None, machine.lanes])
-    schedule.reorder(c, h, w, k_vector, k_lane)
-    for loop in (h, w, k_vector):
+    schedule.reorder(c, *pixels, k_vector, k_lane)
+    for loop in (*pixels, k_vector):
         schedule.unroll(loop)
     schedule.vectorize(k_lane)
     prefetch_epilogue(

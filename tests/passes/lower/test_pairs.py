@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import tvm
 from tvm import relax, te, tirx
 
 from hone import pipeline
-from hone.passes.lower.pairs import pack, pairs_conv2d
+from hone.passes.lower import conv2d, dense, products
+from hone.passes.lower.pairs import pack, pairs_product
 from hone.targets import adder_intrinsics
 from hone.targets.adder_intrinsics import sum_by_product
 from hone.targets.schedule import pairs
@@ -49,10 +51,17 @@ LAYERS = {
 }
 
 
+_NEVER = SimpleNamespace(lower_product=lambda *_, **__: None)
+
+
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every machine take pairs: what is added on which unit is no matter of numerics."""
-    monkeypatch.setattr(pairs, "applies", lambda *_, **__: True)
+    for module in (conv2d, dense):
+        monkeypatch.setattr(module, "pairs_apply", lambda *_, **__: True)
+    # Where sums by halves are modelled faster still, they are another test's matter.
+    monkeypatch.setattr(conv2d, "strassen", _NEVER, raising=False)
+    monkeypatch.setattr(products, "lower_product", _NEVER.lower_product, raising=False)
 
 
 @pytest.mark.usefixtures("always")
@@ -84,6 +93,43 @@ def test_results_are_those_of_the_direct_sum(
     spread = np.sqrt(np.square(weight).mean((1, 2, 3)))
     bound = 4 * depth * np.finfo("float32").eps * (1 + spread)
     assert (np.abs(result - expected) <= bound).all()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A matrix product: the left side's shape, and columns."""
+
+    shape: tuple[int, ...]
+    channels: int
+
+
+MATRICES = {
+    "a matrix": Matrix(shape=(24, 32), channels=64),
+    "a batch of one": Matrix(shape=(1, 64, 96), channels=320),
+    "a batch": Matrix(shape=(3, 10, 44), channels=32),
+    "two leading axes": Matrix(shape=(2, 3, 16, 38), channels=32),
+    "threads share columns": Matrix(shape=(8, 64), channels=512),
+}
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=list(MATRICES))
+def test_matrix_products_are_those_of_numpy(
+    matrix: Matrix, run_op: RunOp, rng: np.random.Generator
+) -> None:
+    depth = matrix.shape[-1]
+    x = rng.standard_normal(matrix.shape).astype("float32")
+    weight = (rng.standard_normal((depth, matrix.channels)) / np.sqrt(depth)).astype("float32")
+    bias = rng.standard_normal(matrix.channels).astype("float32")
+
+    def make(x: relax.Expr) -> relax.Expr:
+        y = relax.op.matmul(x, relax.const(weight))
+        return relax.op.nn.relu(relax.op.add(y, relax.const(bias)))
+
+    result, rules = run_op(make, x)
+    assert rules == ["pairs"]
+    expected = np.maximum(x.astype("float64") @ weight.astype("float64") + bias, 0)
+    np.testing.assert_allclose(result, expected, atol=4 * depth * np.finfo("float32").eps)
 
 
 def test_error_is_a_few_times_that_of_the_direct_sum(rng: np.random.Generator) -> None:
@@ -140,11 +186,11 @@ def test_layers_stay_direct_when(machine: Machine, change: dict[str, int]) -> No
     assert not pairs.applies(machine, **{**layer, **change})
 
 
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("special", [np.inf, np.nan])
 def test_weights_that_are_not_finite_stay_direct(
-    special: float, run_op: RunOp, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    special: float, run_op: RunOp, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setattr(pairs, "applies", lambda *_, **__: True)
     x = rng.standard_normal((1, 7, 7, 32)).astype("float32")
     weight = rng.standard_normal((32, 1, 1, 32)).astype("float32")
     weight[0, 0] = special
@@ -168,7 +214,7 @@ def test_kernel_has_seven_sums_by_product_for_a_tile_of_seven_pixels(target: Tar
         pytest.skip(f"{target.name} has no vectors of 16 lanes")
     data = te.placeholder((1, 7, 7, 64), name="data")
     weight, behind = (te.placeholder(s, name="w") for s in ((1, 32, 2, 32), (2, 32)))
-    result = pairs_conv2d(data, weight, behind, lanes=16)
+    result = pairs_product(data, weight, behind, lanes=16)
     func = te.create_prim_func([data, weight, behind, result]).with_attr("global_symbol", "main")
     scheduled = pipeline.schedule(tvm.IRModule({"main": func}), target, threads=2)
     assert [d.rule for d in scheduled.decisions] == ["pairs"]
