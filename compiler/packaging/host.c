@@ -24,6 +24,7 @@ enum {
   kPausesPerYield = 64,
 };
 static const int64_t kSpinNanoseconds = 1000000;  // then a waiting thread sleeps
+static const int64_t kNearNanoseconds = 220;      // from one core to a thread that waits on another
 
 // --- the mode of floating point --------------------------------------------------------------
 // Denormal numbers take a hundred times as long as others: they are read and written as zeros.
@@ -68,6 +69,7 @@ typedef struct {
   _Alignas(kLine) uint32_t claimed;  // the last loop whose part was taken
   uint32_t done;                     // the last loop whose part is finished
   int32_t processor;                 // where its thread was seen last
+  int64_t begun;                     // when the last loop's part was
 } Part;
 
 static struct {
@@ -84,6 +86,17 @@ static struct {
   pthread_t workers[kMostThreads];
   Part parts[kMostThreads];
 } pool = {.threads = 1};
+
+#ifndef WATCH_DISTANCE
+enum { WATCH_DISTANCE = 0 };
+#endif
+
+// How far the cores are from each other, watched where kernels request what later ones read: near
+// cores share a cache and its way to memory, far ones have a way each and need no requests.
+static struct {
+  int64_t announced;  // when the current loop was
+  int32_t near, loops;
+} distance;
 
 static void Futex(uint32_t* word, int operation, uint32_t value) {
   syscall(SYS_futex, word, operation, value, NULL, NULL, 0);
@@ -110,6 +123,7 @@ static void Work(int index, uint32_t loop) {
   if (!__atomic_compare_exchange_n(&part->claimed, &last, loop, 0, __ATOMIC_ACQ_REL,
                                    __ATOMIC_RELAXED))
     return;
+  if (WATCH_DISTANCE) part->begun = Now();
   if (pool.lambda(index, &pool.group, pool.data) != 0)
     __atomic_store_n(&pool.status, -1, __ATOMIC_RELAXED);
   __atomic_store_n(&part->done, loop, __ATOMIC_RELEASE);
@@ -205,7 +219,9 @@ static void Stop(void) {
 // Takes the place of TVMBackendParallelLaunch.
 static int Launch(Lambda lambda, void* data, int tasks) {
   Group alone = {.num_task = tasks > 0 ? tasks : 1};
+  // Looking before taking: threads with slices of their own would send the line back and forth.
   int inside = pool.threads > 1 && (tasks == 0 || tasks == pool.threads) &&
+               __atomic_load_n(&pool.busy, __ATOMIC_RELAXED) == 0 &&
                __atomic_exchange_n(&pool.busy, 1, __ATOMIC_ACQUIRE) == 0;
   if (!inside) {  // one thread, a loop inside a loop, or a second thread that runs the model
     int status = 0;
@@ -219,15 +235,27 @@ static int Launch(Lambda lambda, void* data, int tasks) {
   pool.status = 0;
   pool.parts[0].processor = sched_getcpu();
   uint32_t loop = pool.loop + 1;
+  if (WATCH_DISTANCE) distance.announced = Now();
   Announce();
   for (int index = 0; index < pool.started; ++index) Work(index, loop);
   for (int index = 1; index < pool.started; ++index) {
     uint32_t count = 0;
     while (__atomic_load_n(&pool.parts[index].done, __ATOMIC_ACQUIRE) != loop) Wait(&count);
   }
+  if (WATCH_DISTANCE && pool.started > 1) {
+    distance.near += pool.parts[1].begun - distance.announced < kNearNanoseconds;
+    ++distance.loops;
+  }
   int status = pool.status;
   __atomic_store_n(&pool.busy, 0, __ATOMIC_RELEASE);
   return status;
+}
+
+// Says whether most loops since the last call began on near cores; one says so from the start.
+__attribute__((unused)) static int64_t Near(void) {
+  int near = 2 * distance.near >= distance.loops;
+  distance.near = distance.loops = 0;
+  return near;
 }
 
 static void Forked(void) {  // in a child process the other threads do not exist
@@ -281,6 +309,8 @@ __attribute__((unused)) static void* Data(const Any* argument) {
       (const Tensor*)(object + (argument->type_index == kTensorPointer ? 0 : kObjectHeader));
   return (char*)tensor->data + tensor->byte_offset;
 }
+
+__attribute__((unused)) static char nothing[kLine];
 
 __attribute__((unused)) static int Integer(Any* result, int64_t value) {
   result->type_index = kInt;
