@@ -249,18 +249,30 @@ def tanh(x: tirx.Expr) -> tirx.Expr:
     return _odd_ratio(_TANH, _TANH_BOUND, x)
 
 
+def _squared(x: tirx.Expr) -> tirx.Expr:
+    """Return the square of an expression that is written once.
+
+    Written twice it doubles with each square, and LLVM makes slower loops of what is left of it:
+    behind a product by halves gelu took 40 us instead of 7.
+    """
+    own = tirx.Var("x", "float32")
+    return tirx.Let(own, x, own * own)
+
+
 def gelu(x: tirx.Expr) -> tirx.Expr:
     """Return ``x (1 + erf(x / sqrt 2)) / 2`` (Hendrycks and Gimpel 2016): one division, no erf.
 
     ``max(x, 0) - |x| / P(|x|)**8``, in the manner of Abramowitz and Stegun 7.1.28; off by at most
     3e-7. NaN for minus infinity, as the formula and onnxruntime have it. ``gelu(1) = 0.841345``.
     """
-    size = tirx.min(_const(_GELU_BOUND), tirx.abs(x))
+    own = tirx.Var("x", "float32")
+    size = tirx.Var("size", "float32")
     power = _horner(_GELU, size)
     for _ in range(3):
-        power = power * power
+        power = _squared(power)
     # Not the maximum of x and 0, which would be a number for minus infinity.
-    return x - tirx.min(x, _const(0.0)) - size / power
+    value = own - tirx.min(own, _const(0.0)) - size / power
+    return tirx.Let(own, x, tirx.Let(size, tirx.min(_const(_GELU_BOUND), tirx.abs(own)), value))
 
 
 def sign(x: tirx.Expr) -> tirx.Expr:
