@@ -1,4 +1,4 @@
-"""Intrinsics of TIR for pairs of int16, summed in int32, and for arithmetic modulo 2^32.
+"""Intrinsics of TIR for pairs of int16, summed in int32, for arithmetic modulo 2^32 and rounding.
 
 A pair is one int32 word. TVM tells LLVM that sums of int32 never overflow, so whatever does, on
 purpose, is a function in LLVM IR (`definitions`), which the code generator links and inlines.
@@ -42,6 +42,7 @@ _PMADDWD = {
     512: "llvm.x86.avx512.pmaddw.d.512",
 }
 
+_ROUND = "tirx.hone_round_to_int"
 _WRAPPING = {"add": "add", "sub": "sub", "mul": "mul"}
 
 
@@ -98,6 +99,12 @@ def wrapping_multiply(value: tirx.Expr, factor: int) -> tirx.Expr:
     return tirx.call_intrin("int32", _wrap_name("mul"), value, tirx.const(wrapped, "int32"))
 
 
+def round_to_int(value: tirx.Expr) -> tirx.Expr:
+    """Return float32 as int32, rounded to nearest, ties to even: in the mode of the processor."""
+    lanes = int(tvm.runtime.DataType(str(value.ty.dtype)).lanes)
+    return tirx.call_intrin(_dtype(lanes), _ROUND, value)
+
+
 def _lanes(call: tvm.ir.Call) -> int:
     return int(tvm.runtime.DataType(str(call.ty.dtype)).lanes)
 
@@ -135,7 +142,12 @@ def _lower_add(dot: WordDot) -> Callable[[tvm.ir.Call], tirx.Expr]:
     return lower
 
 
+def _lower_round(call: tvm.ir.Call) -> tirx.Expr:
+    return _function("round_to_int", _lanes(call), *call.args)
+
+
 def _register() -> None:
+    register_operator(_ROUND, _lower_round)
     for operation in _WRAPPING:
         register_operator(_wrap_name(operation), _lower_wrapping(operation))
     for dot in WordDot:
@@ -156,6 +168,18 @@ def _define_wrapping(operation: str, lanes: int) -> str:
 define {vector} @{_PREFIX}wrapping_{operation}_{lanes}({vector} %left, {vector} %right) {{
   %result = {_WRAPPING[operation]} {vector} %left, %right
   ret {vector} %result
+}}
+"""
+
+
+def _define_round(lanes: int) -> str:
+    name = "llvm.lrint.i32.f32" if lanes == 1 else f"llvm.lrint.v{lanes}i32.v{lanes}f32"
+    whole, single = _vector("i32", lanes), _vector("float", lanes)
+    return f"""
+declare {whole} @{name}({single})
+define {whole} @{_PREFIX}round_to_int_{lanes}({single} %value) {{
+  %rounded = call {whole} @{name}({single} %value)
+  ret {whole} %rounded
 }}
 """
 
@@ -223,8 +247,11 @@ def definitions(calls: Iterable[tvm.ir.Call]) -> str:
     dots = {
         dot: [tvm.ir.Op.get(n) for n in (_product_name(dot), _add_name(dot))] for dot in WordDot
     }
+    rounding = tvm.ir.Op.get(_ROUND)
     for call in calls:
         lanes = 0
+        if call.op.same_as(rounding):
+            parts[_define_round(_lanes(call))] = None
         for name, operator in wrapping.items():
             if call.op.same_as(operator):
                 parts[_define_wrapping(name, _lanes(call))] = None

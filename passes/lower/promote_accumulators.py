@@ -16,6 +16,7 @@ from .import_intrinsics import ImportIntrinsics
 from .prefetch_epilogue import PrefetchEpilogue
 from .prefetch_slabs import PrefetchSlabs
 from .prefetch_weights import PrefetchWeights
+from .round_to_int import RoundToInt
 from .skip_hidden_keys import SkipHiddenKeys
 
 # A thread's stack is 8 MiB by default, and 64 KiB is the least a POSIX thread may have on Linux
@@ -99,6 +100,7 @@ def tir_pipeline() -> tvm.transform.Pass:
                 PrefetchSlabs(),
                 SkipHiddenKeys(),
                 PromoteAccumulators(),
+                RoundToInt(),
                 ImportIntrinsics(),
                 finalize_host(),
             ]
