@@ -19,7 +19,7 @@ from hone.tuning.confirm import RECORD, UNTUNED, OutOfTime
 from hone.tuning.records import kernels, workload_module
 from hone.tuning.running import ROUNDS, RUNS, plan
 from hone.tuning.tasks import untuned_model
-from hone.tuning.whole_model import Candidates, RunningModel
+from hone.tuning.whole_model import Candidates, RunningModel, apart
 
 THREADS = 1
 TARGET = resolve("host").tvm_target(THREADS)
@@ -66,6 +66,13 @@ def candidates(module: tvm.IRModule) -> Candidates:
     return Candidates(
         functions=names, module=tvm.ir.save_json(workload), records=(record, [[], [1.0], {}, []])
     )
+
+
+def test_kernels_that_follow_one_another_are_not_timed_together() -> None:
+    kernels = {"0": ["a"], "1": ["b", "c"], "2": ["d"], "3": ["e"]}
+    assert apart(["a", "b", "d", "c", "e", "e"], kernels) == [["0", "2", "3"], ["1"]]
+    assert apart(["a", "other", "b", "d"], kernels) == [["0", "1", "3"], ["2"]]
+    assert apart([], {}) == []
 
 
 def test_profile_gives_the_seconds_of_every_kernel_of_the_model(
