@@ -13,6 +13,7 @@ from hone import models
 from hone.passes.apply import apply
 from hone.passes.graph.convert_layout import ToNHWC
 from hone.passes.graph.fold_batch_norm import FoldBatchNorm
+from hone.passes.graph.fold_channel_moves import FoldChannelMoves
 
 PERMUTE = Op.get("relax.permute_dims")
 
@@ -143,12 +144,21 @@ def test_transposed_convolution_that_cuts_off_its_kernel_keeps_its_layout() -> N
 
 # Of the image, and of the last feature map where a flatten follows in ONNX's order; the
 # transformers' own permutations are theirs.
-EXPECTED = {"digits-cnn": 2, "resnet18": 1, "resnet50": 1, "mobilenetv2": 1}
+EXPECTED = {
+    "digits-cnn": 2,
+    "resnet18": 1,
+    "resnet50": 1,
+    "mobilenetv2": 1,
+    "shufflenetv2": 1,
+    "efficientnet-b0": 1,
+    "unet": 2,
+}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_network_has_no_layout_change_inside(name: str) -> None:
-    module = apply(hone.load(models.build(name)).module, FoldBatchNorm(), ToNHWC())
+    passes = (FoldBatchNorm(), ToNHWC(), FoldChannelMoves())
+    module = apply(hone.load(models.build(name)).module, *passes)
     calls = [
         binding.value
         for binding in module["main"].body.blocks[0].bindings
