@@ -17,22 +17,32 @@ package's manifest says.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
+from types import MappingProxyType
 
 from hone.passes.lower.export_kernels import PREFIX
 
-from .plan import Copy, Place, Plan, Region, Shape
+from .ahead import Ahead
+from .plan import Copy, KernelCall, Place, Plan, Region, Shape
 
 CONSTANTS = "hone_constants"
 """Relax function that returns the constants of the plan as a tuple."""
+
+NOTHING = "nothing, 0"
+"""Arguments of a kernel that shall request nothing: one line, again and again."""
 
 MOST_ARGUMENTS = 48
 """Tensors of one kernel that `walker_source` can pass."""
 
 
 def host_source(
-    kernels: Mapping[str, int], plan: Plan | None, *, slices: int = 1, parts: int = 1
+    kernels: Mapping[str, int],
+    plan: Plan | None,
+    *,
+    slices: int = 1,
+    parts: int = 1,
+    ahead: Mapping[int, Ahead] = MappingProxyType({}),
 ) -> str:
     """Return the C source of one package.
 
@@ -45,10 +55,15 @@ def host_source(
     slices, parts : int
         How often a run calls what the virtual machine knows as ``main``, and how many threads do
         so side by side; those of the plan, where there is one.
+    ahead : mapping of int to Ahead
+        What calls of the plan request, by their number; their kernels take an address and a step
+        more (`hone.passes.lower.request_ahead`).
     """
-    pieces = [_host(), *(_kernel(name, count) for name, count in sorted(kernels.items()))]
+    asking = set() if plan is None else {plan.calls[number].kernel for number in ahead}
+    pieces = ["#define WATCH_DISTANCE 1" if asking else "", _host()]
+    pieces += [_kernel(name, count, name in asking) for name, count in sorted(kernels.items())]
     if plan is not None:
-        pieces.append(_run(plan))
+        pieces.append(_run(plan, ahead, asking))
     pieces += [_number("hone_slices", slices), _number("hone_parts", parts)]
     return "\n".join(pieces)
 
@@ -108,9 +123,11 @@ EXPORT void* hone_launch(void) {{ return (void*)Launch; }}
 """
 
 
-def _kernel(name: str, count: int) -> str:
+def _kernel(name: str, count: int, asks: bool) -> str:
     parameters = ", ".join(["void*"] * count) or "void"
     arguments = ", ".join(f"Data(&arguments[{index}])" for index in range(count))
+    if asks:
+        parameters, arguments = f"{parameters}, void*, int64_t", f"{arguments}, {NOTHING}"
     return f"""\
 KERNEL int {PREFIX}{name}({parameters});
 PACKED({name}) {{
@@ -122,7 +139,7 @@ PACKED({name}) {{
 """
 
 
-def _run(plan: Plan) -> str:
+def _run(plan: Plan, ahead: Mapping[int, Ahead], asking: Collection[str]) -> str:
     first = {Region.INPUT: 1, Region.OUTPUT: 1 + len(plan.inputs)}
     first[Region.CONSTANT] = first[Region.OUTPUT] + len(plan.outputs)
     shapes = {Region.INPUT: plan.inputs, Region.OUTPUT: plan.outputs}
@@ -140,14 +157,25 @@ def _run(plan: Plan) -> str:
     def copied(copy: Copy) -> str:
         return f"  memcpy({at(copy.target)}, {at(copy.source)}, {copy.size_bytes});"
 
+    def given(number: int, call: KernelCall) -> str:
+        arguments = [at(place) for place in call.places]
+        if number in ahead:
+            asked = ahead[number]
+            arguments += [at(asked.place), f"near * {asked.step_bytes}"]
+        elif call.kernel in asking:
+            arguments.append(NOTHING)
+        return ", ".join(arguments)
+
     lines = [
         *map(copied, plan.loads),
         *(
-            f"  if (status == 0) status = {PREFIX}{call.kernel}({', '.join(map(at, call.places))});"
-            for call in plan.calls
+            f"  if (status == 0) status = {PREFIX}{call.kernel}({given(number, call)});"
+            for number, call in enumerate(plan.calls)
         ),
         *map(copied, plan.copies),
     ]
+    if ahead:
+        lines.insert(0, "  int64_t near = Near();")
     body = "\n".join(lines)
     signature = json.dumps(
         {

@@ -24,6 +24,7 @@ from hone.passes.lower.fuse_operators import FuseOperators
 from hone.passes.lower.legalize import LegalizeForCPU
 from hone.passes.lower.promote_accumulators import CODEGEN_CONFIG, TIR_PIPELINE
 from hone.passes.lower.raw_kernels import RAW, RawKernels
+from hone.passes.lower.request_ahead import RequestAhead, turns_of
 from hone.passes.lower.top_k import LowerTopK
 from hone.passes.lower.unify_convolutions import UnifyConvolutions
 from hone.passes.quantize.match_qdq import MatchQdq
@@ -34,6 +35,7 @@ from hone.targets.schedule.machine import Machine
 from hone.targets.target import Target
 from hone.targets.toolchain import find_linker
 
+from .ahead import Ahead, requests_ahead
 from .host_code import CONSTANTS, host_source
 from .plan import Plan, plan_of
 
@@ -359,16 +361,20 @@ def link(
         if plan is not None:
             planned.update_func(relax.GlobalVar(CONSTANTS), _constants(plan))
         module = apply(_run((machine,), planned), RawKernels())
+    ahead = _requests(module, plan, Machine.of(target, threads))
     kernels = {
         variable.name_hint: len(func.params)
         for variable, func in module.functions.items()
         if isinstance(func, tirx.PrimFunc) and RAW in func.attrs
     }
+    if plan is not None and ahead:
+        asking = {plan.calls[number].kernel for number in ahead}
+        module = apply(module, RequestAhead(asking))
     with tvm.transform.PassContext(opt_level=3, config=CODEGEN_CONFIG):
         executable = relax.build(module, tvm_target, relax_pipeline=None, tir_pipeline=RAW_PIPELINE)
     with TemporaryDirectory(prefix="hone-") as folder:
         source, library = Path(folder, "host.c"), Path(folder, "lib.so")
-        text = host_source(kernels, plan, slices=slices, parts=parts)
+        text = host_source(kernels, plan, slices=slices, parts=parts, ahead=ahead)
         source.write_text(text, encoding="utf-8")
         executable.export_library(str(library), fcompile=linker.fcompile_with(source))
         return library.read_bytes()
@@ -378,3 +384,16 @@ def _constants(plan: Plan) -> relax.Function:
     """Return the function that gives the constants of a plan to whoever runs it."""
     types = relax.TupleType([constant.ty for constant in plan.constants])
     return relax.Function([], relax.Tuple(plan.constants), types, is_pure=True)
+
+
+def _requests(module: tvm.IRModule, plan: Plan | None, machine: Machine) -> dict[int, Ahead]:
+    """Return what calls of a plan request of the weights of later ones; nothing without a plan."""
+    if plan is None:
+        return {}
+    turns = {
+        variable.name_hint: found
+        for variable, func in module.functions.items()
+        if isinstance(func, tirx.PrimFunc) and RAW in func.attrs
+        if (found := turns_of(func)) is not None
+    }
+    return requests_ahead(plan, turns, machine)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tvm
 from tvm import tirx
+from tvm.ir import PointerType
 from tvm_ffi import DLDeviceType
 
 from .promote_accumulators import tir_pipeline
@@ -27,7 +28,11 @@ def _scope(func: tirx.PrimFunc) -> tirx.Stmt:
     facts = [
         (default, "device_type", int(DLDeviceType.kDLCPU)),
         (default, "device_id", 0),
-        *((pointer, "storage_alignment", ALIGNMENT_BYTES) for pointer in func.params),
+        *(
+            (parameter, "storage_alignment", ALIGNMENT_BYTES)
+            for parameter in func.params
+            if isinstance(parameter.ty, PointerType)
+        ),
     ]
     body = func.body
     for node, key, value in facts:
