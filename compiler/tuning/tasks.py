@@ -17,6 +17,7 @@ from hone.errors import UsageError
 
 from .order import estimate_s
 from .records import Verdict, kernels, seconds_of, workload_module
+from .replay import REFUSALS
 
 
 @dataclass
@@ -112,6 +113,14 @@ def _uses(module: tvm.IRModule) -> tuple[dict[str, _Use], int]:
     return uses, sum(sizes.values())
 
 
+def _operations(workload: tvm.IRModule) -> float:
+    """Return TVM's count of operations; 0 where it does not know an expression, such as a let."""
+    try:
+        return float(estimate_tir_flops(workload))
+    except REFUSALS:
+        return 0.0
+
+
 def _moved_bytes(workload: tvm.IRModule) -> float:
     total = 0
     for info in ms.arg_info.ArgInfo.from_entry_func(workload):
@@ -177,7 +186,7 @@ def extract(
             workload=filed,
             module=tvm.ir.save_json(workload),
             untuned_module=tvm.ir.save_json(untuned(workload)),
-            estimate_s=estimate_s(estimate_tir_flops(workload), _moved_bytes(workload)),
+            estimate_s=estimate_s(_operations(workload), _moved_bytes(workload)),
             before_s=before_s,
             best_s=before_s,
             weights=uses.get(name, _Use()).weights,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +12,15 @@ from tvm import relax, tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
+from hone.database import Database
 from hone.targets.schedule.cpu import ScheduleModule
 from hone.targets.schedule.machine import Machine
 from hone.targets.target import resolve
-from hone.tuning import whole_model
+from hone.tuning import tasks, whole_model
 from hone.tuning.confirm import RECORD, UNTUNED, OutOfTime
 from hone.tuning.records import kernels, workload_module
 from hone.tuning.running import ROUNDS, RUNS, plan
-from hone.tuning.tasks import untuned_model
+from hone.tuning.tasks import extract, untuned_model
 from hone.tuning.whole_model import Candidates, RunningModel, apart
 
 THREADS = 1
@@ -73,6 +75,21 @@ def test_kernels_that_follow_one_another_are_not_timed_together() -> None:
     assert apart(["a", "b", "d", "c", "e", "e"], kernels) == [["0", "2", "3"], ["1"]]
     assert apart(["a", "other", "b", "d"], kernels) == [["0", "1", "3"], ["2"]]
     assert apart([], {}) == []
+
+
+def test_a_kernel_whose_operations_nobody_counts_is_a_task_too(
+    module: tvm.IRModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> float:
+        raise RuntimeError("Do not have a default for prim.Let")
+
+    host = resolve("host")
+    rule, database = ScheduleModule(Machine.of(host, 1)), Database(tmp_path, host, threads=1)
+    counted = extract(module, database, rule, None)
+    monkeypatch.setattr(tasks, "estimate_tir_flops", refuse)
+    found = extract(module, database, rule, None)
+    assert [task.name for task in found] == [task.name for task in counted]
+    assert all(0 < a.estimate_s < b.estimate_s for a, b in zip(found, counted, strict=True))
 
 
 def test_profile_gives_the_seconds_of_every_kernel_of_the_model(
