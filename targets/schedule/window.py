@@ -84,7 +84,7 @@ def schedule_window(
 
     def read_bytes(rows: int) -> int:
         before = (rows - 1) * stride // (2 if copied else 1)
-        return (before + taps_h) * in_width * lanes * itemsize
+        return int((before + taps_h) * in_width * lanes * itemsize)
 
     in_l1 = (d for d in shared if read_bytes(height // d) <= held)
     parts = height if pools else next(in_l1, height)
