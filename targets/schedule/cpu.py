@@ -27,7 +27,6 @@ from .pooling import schedule_pooling
 from .resize import schedule_resize
 from .rows import schedule_columns, schedule_rows
 from .single_row import schedule_single_row
-from .strassen import schedule_strassen
 from .strided_winograd import schedule_strided_winograd
 from .tiles import schedule_tiles
 from .weight_only import schedule_weight_only_dense
@@ -49,10 +48,9 @@ class Decision:
         Name of the PrimFunc.
     rule : str
         ``conv2d``, ``dense``, ``single_row``, ``batch_matmul``, ``attention``, ``window``,
-        ``bands``, ``winograd``, ``winograd_rows``, ``strassen``, ``rows``, ``columns``,
-        ``weight_only``,
-        ``tiles``, ``copies``, ``matrices``, ``resize``, ``pooling``, ``generic``,
-        ``record`` or ``none``.
+        ``bands``, ``winograd``, ``winograd_rows``, ``strided_winograd``, ``pairs``, ``rows``,
+        ``columns``, ``weight_only``, ``tiles``, ``copies``, ``matrices``, ``resize``,
+        ``pooling``, ``generic``, ``record`` or ``none``.
     reason : str
         Why a more special rule did not apply; empty where one did.
     """
@@ -81,7 +79,6 @@ def _template(blocks: dict[str, SBlockRV]) -> str:
         ("wino_row_acc", "winograd_rows"),
         ("wino_acc", "winograd"),
         ("swino_acc", "strided_winograd"),
-        ("strassen_acc", "strassen"),
         ("attn_acc", "attention"),
         ("resize_out", "resize"),
         ("pool_out", "pooling"),
@@ -111,7 +108,6 @@ def _apply(rule: str, schedule: s_tir.Schedule, machine: Machine) -> None:
         "columns": schedule_columns,
         "winograd": schedule_winograd,
         "winograd_rows": schedule_winograd_rows,
-        "strassen": schedule_strassen,
         "strided_winograd": schedule_strided_winograd,
         "single_row": schedule_single_row,
         "weight_only": schedule_weight_only_dense,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import tvm
 from tvm import relax, te, tirx
 
 from hone import pipeline
-from hone.passes.lower import conv2d, dense, products
+from hone.passes.lower import conv2d, dense
 from hone.passes.lower.pairs import pack, pairs_product
 from hone.targets import adder_intrinsics
 from hone.targets.adder_intrinsics import sum_by_product
@@ -51,17 +50,11 @@ LAYERS = {
 }
 
 
-_NEVER = SimpleNamespace(lower_product=lambda *_, **__: None)
-
-
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every machine take pairs: what is added on which unit is no matter of numerics."""
     for module in (conv2d, dense):
         monkeypatch.setattr(module, "pairs_apply", lambda *_, **__: True)
-    # Where sums by halves are modelled faster still, they are another test's matter.
-    monkeypatch.setattr(conv2d, "strassen", _NEVER, raising=False)
-    monkeypatch.setattr(products, "lower_product", _NEVER.lower_product, raising=False)
 
 
 @pytest.mark.usefixtures("always")
