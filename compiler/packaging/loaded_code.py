@@ -13,6 +13,7 @@ import numpy as np
 from hone.errors import PackageError
 from hone.signature import Signature, TensorSpec
 
+from .huge_pages import use_huge_pages
 from .tvm_runtime import TVMRuntime
 
 # Generated code loads and stores whole vectors at addresses that it takes for multiples of this
@@ -79,6 +80,7 @@ class LoadedCode:
             text = ctypes.string_at(function("hone_signature")())
             _check_signature(self.signature, json.loads(text))
             self.weights = tuple(machine["hone_constants"]())
+            use_huge_pages(map(_range, self.weights))
             workspace_bytes = function("hone_workspace_bytes")()
         self.workspace = aligned_empty((workspace_bytes,), np.dtype(np.uint8))
         count, parts = (runtime.function(library, f"hone_{name}") for name in ("slices", "parts"))
@@ -262,6 +264,12 @@ def _collect(result: Any, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
             )
         outputs[spec.name] = array
     return outputs
+
+
+def _range(tensor: Any) -> tuple[int, int]:
+    """Return the address of a tensor's first byte and of the one behind its last."""
+    start = int(tensor.data_ptr())
+    return start, start + int(tensor.numel()) * int(tensor.dtype.itemsize)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
