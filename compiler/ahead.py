@@ -90,7 +90,8 @@ def requests_ahead(plan: Plan, turns: Mapping[str, Turns], machine: Machine) -> 
         missing = own[target]
         for before in range(target - 1, max(target - 1 - MOST_HOSTS, -1), -1):
             found = turns.get(plan.calls[before].kernel)
-            if waits[before] or found is None or not _is_quiet(found, machine):
+            busy = waits[before] or own[before] > machine.l2_bytes
+            if busy or found is None or not _is_quiet(found, machine):
                 continue
             room = int(cycles[before] * REQUESTED_BYTES_PER_CYCLE) - own[before]
             part = min(room, missing, found.number * LINE_BYTES)
