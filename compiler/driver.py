@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from . import half_parity, parity, pipeline, runtime
 from .assembling import assemble, golden_samples, in_integers, reference_runner, runs_here
 from .data import Dataset
 from .database import Database
-from .errors import LockedError, ToolchainError, UsageError
+from .errors import AccuracyError, LockedError, ToolchainError, UsageError
 from .half_parity import check_half
 from .model import Model
 from .package import Package
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from .tune import TuneResult
     from .tuning.choices import LoweringResult
 
+TOO_FAR_BY_SUMS = "products of sums (values far from 1 cancel in them) lose too much accuracy here"
+"""Why a model is compiled a second time; see `hone.passes.lower.pairs`."""
 # Of a tuning budget, for the ways to cut a batch.
 SLICES_SHARE = 0.2
 # Of a tuning budget, for the ways to lower layers, which come before the schedules, and as long as
@@ -135,10 +138,36 @@ def compile(
             model, resolved, threads=threads, seconds=tune_seconds, database=records,
             progress=progress, compact=compact,
         )  # fmt: skip
+    attempt = partial(
+        _compiled, model, unchanged, threads=threads, precision=precision, records=records,
+        locked=locked, compact=compact, progress=progress,
+    )  # fmt: skip
+    try:
+        return attempt(resolved)
+    except AccuracyError:
+        if not resolved.separate_adders:
+            raise
+        progress.log(f"{TOO_FAR_BY_SUMS}; compiled without them")
+    return attempt(replace(resolved, separate_adders=False))
+
+
+def _compiled(
+    model: Model,
+    unchanged: Model,
+    target: Target,
+    *,
+    threads: int,
+    precision: str,
+    records: Database | None,
+    locked: bool,
+    compact: bool,
+    progress: Progress,
+) -> Package:
+    """Compile a model and compare it with onnxruntime; see `compile`."""
     with progress.task("compile"):
         assembled = assemble(
             model,
-            target=resolved,
+            target=target,
             threads=threads,
             precision=precision,
             database=records,
@@ -148,14 +177,14 @@ def compile(
         _report_quantization(assembled.quantization, assembled.packing, progress=progress)
     if records is not None:
         _report_hits(assembled.scheduled, locked=locked, progress=progress)
-    runner = reference_runner(model, assembled.package, target=resolved, threads=threads)
+    runner = reference_runner(model, assembled.package, target=target, threads=threads)
     with progress.task("compare with onnxruntime"):
         if model is unchanged:
             run = runner.run
         else:
-            fp32 = assemble(unchanged, target=resolve("host"), threads=threads).package
-            run = runtime.load(fp32).run
-        twin = "" if runs_here(resolved) else ", by its twin for this machine"
+            host = replace(resolve("host"), separate_adders=False)
+            run = runtime.load(assemble(unchanged, target=host, threads=threads).package).run
+        twin = "" if runs_here(target) else ", by its twin for this machine"
         progress.log(f"{parity.check(unchanged, run, threads=threads)}{twin}")
         if precision in half_parity.DTYPES:
             rounded = check_half(unchanged, runner.run, precision=precision, threads=threads)

@@ -132,6 +132,13 @@ class Workbench:
             source=f"{RANDOM_SAMPLES} random samples",
         )
 
+    def forgo_separate_adders(self) -> None:
+        """Compile from now on as for a processor without units that only add."""
+        self.target = replace(self.target, separate_adders=False)
+        self.context = replace(self.context, target=self.target)
+        self.database = Database(self.recipe.database_path, self.target, threads=self.threads)
+        self.reference = self.baseline_accuracy = None
+
     # ---------------------------------------------------------------- versions
 
     def version(
