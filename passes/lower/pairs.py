@@ -1,4 +1,4 @@
-"""1x1 convolutions by products of sums of two operands, for cores that add beside multiplying.
+"""1x1 convolutions and matrix products by products of sums, for cores that add beside multiplying.
 
 Winograd's inner product (S. Winograd, "A New Algorithm for Inner Product", IEEE Transactions on
 Computers C-17, 1968): with H half of the channels,
@@ -13,8 +13,9 @@ cycles where the plain form takes four.
 
 Numerics: sums of other numbers are rounded. Weights are scaled by a power of two for each output
 channel so that their root mean square is near 1, about that of activations; the scale is taken back
-behind the sum. The error of random data is two to three times that of the plain form; it grows with
-the square of activations whose neighbours at a distance of H are as large.
+behind the sum. The error of random data is two to four times that of the plain form; it grows with
+the square of activations whose neighbours at a distance of H are as large. `hone.driver` compiles a
+model without them where they make it differ from onnxruntime.
 """
 
 from __future__ import annotations
