@@ -6,7 +6,7 @@ with onnxruntime) is `hone.driver`'s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hone.passes.quantize.match_qdq import is_qdq, match_qdq
@@ -237,7 +237,8 @@ def reference_runner(
     """
     if runs_here(target):
         return runtime.load(package)
-    return runtime.load(assemble(model, target=resolve("host"), threads=threads).package)
+    host = replace(resolve("host"), separate_adders=target.separate_adders)
+    return runtime.load(assemble(model, target=host, threads=threads).package)
 
 
 def golden_samples(model: Model, runner: runtime.Runner) -> tuple[Golden, ...]:

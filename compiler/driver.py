@@ -147,8 +147,9 @@ def compile(
     except AccuracyError:
         if not resolved.separate_adders:
             raise
-        progress.log(f"{TOO_FAR_BY_SUMS}; compiled without them")
-    return attempt(replace(resolved, separate_adders=False))
+    package = attempt(replace(resolved, separate_adders=False))
+    progress.log(f"{TOO_FAR_BY_SUMS}; compiled without them")
+    return package
 
 
 def _compiled(
@@ -287,7 +288,7 @@ def search(
             compact=compact,
             progress=progress,
         )
-        seconds -= time.monotonic() - started
+        seconds = max(seconds - (time.monotonic() - started), LEAST_TURN_S)
     slicing = slice_batch(model.module, target, threads=threads, decided=database.lowerings())
     model, threads = model.with_module(slicing.module), slicing.threads
     database = database.of_threads(threads)
@@ -296,7 +297,7 @@ def search(
     result: TuneResult | None = None
     while result is None or _goes_on(lowering, deadline):
         before = database.lowerings()
-        left = deadline - time.monotonic()
+        left = max(deadline - time.monotonic(), LEAST_TURN_S)
         if left >= LEAST_LOWERING_S:
             found = tune_lowerings(
                 model.module,
@@ -308,7 +309,7 @@ def search(
                 progress=progress,
             )
             lowering = found if lowering is None else lowering.followed_by(found)
-            left = deadline - time.monotonic()
+            left = max(deadline - time.monotonic(), LEAST_TURN_S)
         if result is None or (database.lowerings() != before and left > LEAST_TURN_S):
             lowered: tvm.IRModule = pipeline.lower(
                 model.module, target, threads=threads, compact=compact, decided=database.lowerings()

@@ -57,8 +57,9 @@ def _baseline(bench: Workbench) -> Version:
         if not bench.target.separate_adders:
             raise
         bench.forgo_separate_adders()
+        baseline = _baseline(bench)
         bench.notes.append(f"{driver.TOO_FAR_BY_SUMS}; compiled without them")
-        return _baseline(bench)
+        return baseline
     bench.notes.append(str(checked))
     return baseline
 

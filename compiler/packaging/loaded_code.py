@@ -120,6 +120,7 @@ class BoundRun:
         self._results: list[tuple[str, np.ndarray]] = []
         self._large: list[tuple[int, np.ndarray]] = []
         self._fresh: dict[int, np.ndarray] = {}
+        self._held: list[np.ndarray] = []
         self._table = 0
         if code.planned is not None:
             self._outputs = [aligned_empty(s.shape, np.dtype(s.dtype)) for s in signature.outputs]
@@ -166,12 +167,15 @@ class BoundRun:
             self.fill(inputs)
             return
         large = {number for number, _ in self._large}
+        self._held.clear()
         for number, (name, slot) in enumerate(self._slots, 1):
             array = inputs[name]
             if number in large:
                 place = _in_place(array, slot)
                 self._pointers[number] = place or slot.ctypes.data
                 if place:
+                    # A mapping may make its arrays when asked: nobody else would hold this one.
+                    self._held.append(array)
                     continue
             slot[...] = array
         for number, array in self._large:
@@ -195,6 +199,7 @@ class BoundRun:
         """Return what the last call did, as arrays of the caller's own."""
         if self._result is None:
             fresh, self._fresh = self._fresh, {}
+            self._held.clear()
             first = len(self._slots) + 1
             return {
                 name: fresh[number] if number in fresh else array.copy()

@@ -213,7 +213,9 @@ class _Follower:
 def _keep(database: Database, follower: _Follower) -> None:
     """Write down what was tried, and what stays."""
     before = database.lowerings()
-    for point in {**before, **follower.tried}:
+    # What was decided before for points that this search did not come to stays: of other models
+    # in the same database, of the batch, or for want of time.
+    for point in follower.tried:
         option = follower.decided.get(point, "")
         if point in follower.tried or before.get(point, "") != option:
             database.add_lowering(point, option, tried=follower.tried.get(point, []))

@@ -421,7 +421,11 @@ class LoweringSearch:
             }
             self.best = self.untuned
             if self.decided:
-                self.best = self._lowered(*self._scheduled(self.decided))
+                try:
+                    self.best = self._lowered(*self._scheduled(self.decided))
+                except OutOfTime:
+                    # What is left was never run together.
+                    self.decided = {}
         return None
 
 
@@ -457,7 +461,9 @@ def descend(
         return trial
 
     for choice in known:
-        attempt((choice,), known=True)
+        # Others belong to another model, or to how a batch is cut: no kernel here depends on them.
+        if choice[0] in {**search.untuned.points, **search.best.points}:
+            attempt((choice,), known=True)
     joint: list[Change] = []
     near: list[tuple[Trial, dict[str, str]]] = []
     while choices := [choice for choice in search.options() if choice not in tried]:

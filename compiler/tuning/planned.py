@@ -198,7 +198,8 @@ class _Region:
             end = start + size
         self._map = mmap.mmap(-1, max(end, 1))
         if array and end >= HUGE_BYTES:
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a system without large pages
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self._map, np.uint8)
 
     def address(self, index: int) -> int:

@@ -26,7 +26,7 @@ def _levels(rules: BatchRules, var: relax.Var, call: relax.Call) -> tuple[int, l
     """Integer layers, whose tensors all have their samples along the first axis."""
     if {rules.axis(argument) for argument in call.args if rules.reads(argument)} != {0}:
         raise rules.error(var, "the batch is not along the first axis of its operands")
-    if rules.axis(call.args[0]) is None or rules.reads(call.args[1]):
+    if rules.axis(call.args[0]) is None or any(map(rules.reads, list(call.args)[1:2])):
         raise rules.error(var, "the batch reaches another operand than the data")
     return 0, rules.use(call.args)
 

@@ -8,6 +8,7 @@ Numerics: exact up to rounding (the scale is computed in float64, then rounded o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from tvm import relax
 
 from .dataflow import Dataflow, Rebuilder, is_dataflow, layer_of, part_of, shape_of, with_args
 
+BATCH_NORMALIZED = "hone.batch_normalized"
+"""Attribute of a function: the layers whose results a batch norm, folded since, normalized."""
 _BATCH_NORM = tvm.ir.Op.get("relax.nn.batch_norm")
 _ADD = tvm.ir.Op.get("relax.add")
 _MATMUL = tvm.ir.Op.get("relax.matmul")
@@ -49,7 +52,24 @@ class FoldBatchNorm:
             if (call := graph.call(binding.var, _BATCH_NORM)) is not None
             and not call.attrs.training
         ]
-        return _rewrite(graph, norms) if norms else function
+        if not norms:
+            return function
+        result = _rewrite(graph, norms)
+        before = result.attrs.get(BATCH_NORMALIZED, ()) if result.attrs else ()
+        layers = {*map(str, before), *_normalized_layers(graph, norms)}
+        return result.with_attr(BATCH_NORMALIZED, sorted(layers))
+
+
+def _normalized_layers(graph: Dataflow, norms: list[relax.Var]) -> Iterator[str]:
+    """Yield the layers that stand for batch norms once they are folded."""
+    for norm in norms:
+        fold = _fold(graph, norm)
+        if fold is None:
+            yield from (layer_of(user) for user in graph.users.get(norm, ()) if user is not None)
+        else:
+            yield layer_of(fold.linear)
+            if fold.bias is not None:
+                yield layer_of(fold.bias)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from .anchors import (
     through_layout_change,
 )
 from .half import is_half, widen, widened_source
+from .known_scale import KnownScale
 from .window import Window as Window
 from .winograd import choose_form, transform_of, winograd_conv2d
 from .winograd_transforms import Transform
@@ -287,7 +288,11 @@ def _grouped(
 
 
 def legalize_conv2d(
-    machine: Machine, compact: bool, bb: relax.BlockBuilder, call: relax.Call
+    machine: Machine,
+    compact: bool,
+    scaled: KnownScale,
+    bb: relax.BlockBuilder,
+    call: relax.Call,
 ) -> relax.Expr:
     """Legalize one ``relax.nn.conv2d`` call for the machine; ``compact`` forgoes Winograd."""
     attrs = call.attrs
@@ -333,7 +338,7 @@ def legalize_conv2d(
         single = dtype == "float32" and not is_half(data)
         in_place = window.is_pointwise and single and not channels_first
         area = {"height": height, "width": width, "channels": channels, "depth": depth}
-        if in_place and finite and pairs_apply(machine, **area):
+        if in_place and finite and weight in scaled and pairs_apply(machine, **area):
             weights = values[:, 0, 0, :].T
             return pairs.lower_product(machine, bb, data, weights, name="pairs_conv2d")
         tile = choose_tile(machine, **layer, chunks=True)

@@ -136,8 +136,10 @@ def batch_matmul(left: te.Tensor, right: te.Tensor, *, tile_rows: int, lanes: in
     return te.compute((*outer, rows, channels), lambda *i: sums[i], name="bmm_cut")
 
 
-def legalize_matmul(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    """Legalize one ``relax.matmul`` call for the machine. See the module."""
+def legalize_matmul(
+    machine: Machine, bb: relax.BlockBuilder, call: relax.Call, *, scaled: bool = False
+) -> relax.Expr:
+    """Legalize one ``relax.matmul`` call; ``scaled`` says that its data has a known scale."""
     left, right = call.args
     left_shape = [int(extent) for extent in left.ty.shape]
     right_shape = [int(extent) for extent in right.ty.shape]
@@ -147,7 +149,7 @@ def legalize_matmul(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) 
     ):
         return default_legalization(bb, call)
     if is_constant(right) and len(right_shape) == 2 and len(left_shape) >= 2:
-        return _packed(machine, bb, call, left_shape, right)
+        return _packed(machine, bb, call, left_shape, right, scaled=scaled)
     if len(left_shape) == len(right_shape) >= 3 and left_shape[:-2] == right_shape[:-2]:
         rows, depth = left_shape[-2:]
         channels = right_shape[-1]
@@ -162,7 +164,7 @@ def legalize_matmul(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) 
     return default_legalization(bb, call)
 
 
-def goes_by_pairs(machine: Machine, left_shape: list[int], weight: np.ndarray) -> bool:
+def _goes_by_pairs(machine: Machine, left_shape: list[int], weight: np.ndarray) -> bool:
     """Say whether ``[..., M, C] x [C, K]`` is computed by products of sums (`pairs`)."""
     depth, channels = weight.shape
     return (
@@ -179,6 +181,8 @@ def _packed(
     call: relax.Call,
     left_shape: list[int],
     weight: tvm.ir.GenericConst,
+    *,
+    scaled: bool,
 ) -> relax.Expr:
     """Legalize a product with constant weights, as one long matrix where rows are few."""
     *outer, rows, depth = left_shape
@@ -190,7 +194,7 @@ def _packed(
     if flatten:
         data = bb.emit(relax.op.reshape(data, (rows, depth)))
     values = weight.value.numpy()
-    if goes_by_pairs(machine, left_shape, values):
+    if scaled and _goes_by_pairs(machine, left_shape, values):
         return lower_product(machine, bb, data, values, name="pairs_dense")
     tile = choose_tile(machine, height=1, width=rows, channels=channels, depth=depth, taps=1)
     chains = choose_chains(machine, rows=rows, channels=channels, depth=depth)

@@ -22,7 +22,7 @@ _MULTIPLY = Op.get("relax.multiply")
 _DIVIDE = Op.get("relax.divide")
 _ADD = Op.get("relax.add")
 _ERF = Op.get("relax.erf")
-# How far a number may be from the root of 1/2: some exporters write 1.4142 for the root of 2.
+# How far a number may be from the root of 1/2: what rounding to float32 leaves of it.
 _CLOSE = 1e-6
 
 

@@ -26,6 +26,7 @@ from .anchors import ANCHOR, through_layout_change
 from .conv2d import chunk_note, legalize_conv2d
 from .half import PAIR, Pairs, rounded_source, words
 from .half_tiles import lower_conv2d
+from .known_scale import KnownScale
 from .window import Window
 from .winograd import choose_transform, winograd_conv2d, winograd_cycles_of
 from .winograd_transforms import Transform
@@ -189,7 +190,7 @@ def legalize_half_conv2d(
     """
     pairs = Pairs.of(machine, str(call.args[1].ty.dtype))
     if pairs is None:
-        return legalize_conv2d(machine, compact, bb, call)
+        return legalize_conv2d(machine, compact, KnownScale(()), bb, call)
     data, weight = call.args
     values = weight.value.numpy()
     channels, taps_h, taps_w, _ = values.shape

@@ -4,7 +4,8 @@ Rewrites ``hone.attention`` of ``x Wq + bq``, ``x Wk + bk`` and ``x Wv + bv`` (o
 constant weights in float32, to heads of ``x [Wq Wk Wv] + [bq bk bv]``: one kernel reads x, and
 attention reads its heads where they lie. Where all have as many heads, those of one number are
 neighbours, so that threads which share the columns share the heads. Runs behind `FuseAttention`.
-Numerics: exact.
+Numerics: sums may be taken in another order, and by products of sums where those of the single
+projections were not.
 """
 
 from __future__ import annotations

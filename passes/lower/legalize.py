@@ -33,6 +33,7 @@ from .half_conv2d import legalize_half_conv2d
 from .half_dense import legalize_half_matmul
 from .half_models import legalize_half_model
 from .join_projections import JoinProjections
+from .known_scale import known_scale
 from .normalize import legalize_group_norm, legalize_layer_norm, legalize_softmax
 from .pool2d import legalize_avg_pool2d, legalize_max_pool2d
 from .powers import legalize_power
@@ -103,13 +104,17 @@ class LegalizeForCPU:
         self, module: tvm.IRModule, _context: tvm.transform.PassContext
     ) -> tvm.IRModule:
         """Return the module with every operator legalized."""
+        module = tvm.transform.Sequential(
+            [FuseAttention(self._machine), JoinProjections(), FuseGelu()]
+        )(module)
+        scaled = known_scale(module)
         own = {
             **weight_only_rules(
                 self._machine,
                 {
                     "relax.nn.conv2d": _by_weight(
                         single=_by_origin(
-                            constant=partial(legalize_conv2d, self._machine, self._compact),
+                            constant=partial(legalize_conv2d, self._machine, self._compact, scaled),
                             computed=partial(legalize_computed_conv2d, self._machine),
                         ),
                         half=partial(
@@ -120,7 +125,7 @@ class LegalizeForCPU:
                         ),
                     ),
                     "relax.matmul": _by_weight(
-                        single=partial(legalize_product, self._machine),
+                        single=partial(legalize_product, self._machine, scaled),
                         half=partial(legalize_half_matmul, self._machine),
                     ),
                     "relax.take": default_legalization,
@@ -153,9 +158,6 @@ class LegalizeForCPU:
         transform = relax.transform
         return tvm.transform.Sequential(
             [
-                FuseAttention(self._machine),
-                JoinProjections(),
-                FuseGelu(),
                 # These are read through by the kernels behind them; what is left comes last.
                 transform.LegalizeOps(own, skip_ops=list(READ_THROUGH)),
                 transform.DeadCodeElimination(),

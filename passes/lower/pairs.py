@@ -14,8 +14,10 @@ cycles where the plain form takes four.
 Numerics: sums of other numbers are rounded. Weights are scaled by a power of two for each output
 channel so that their root mean square is near 1, about that of activations; the scale is taken back
 behind the sum. The error of random data is two to four times that of the plain form; it grows with
-the square of activations whose neighbours at a distance of H are as large. `hone.driver` compiles a
-model without them where they make it differ from onnxruntime.
+the square of activations whose neighbours at a distance of H are as large. Hence only data of a
+known scale is multiplied so (`known_scale`), and `hone.driver` compiles a model without them where
+they make it differ from onnxruntime. Where an input is infinite, or a product of two of one pixel
+overflows, its results are NaN (``inf - inf``).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from hone.targets.schedule.tile_model import choose_tile
 
 from .anchors import ANCHOR, default_legalization, is_constant
 from .dense import legalize_matmul
+from .known_scale import KnownScale
 from .reductions import SUM, reduce_rows
 
 
@@ -68,7 +69,9 @@ def broadcast_matmul(left: te.Tensor, right: te.Tensor, *, tile_rows: int, lanes
     return te.compute((*outer, rows, channels), lambda *i: sums[i], name="bmm_cut")
 
 
-def legalize_product(machine: Machine, bb: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+def legalize_product(
+    machine: Machine, scaled: KnownScale, bb: relax.BlockBuilder, call: relax.Call
+) -> relax.Expr:
     """Legalize one ``relax.matmul`` call for the machine. See the module."""
     left, right = call.args
     if not all(str(x.ty.dtype) == "float32" for x in (left, right, call)):
@@ -86,7 +89,8 @@ def legalize_product(machine: Machine, bb: relax.BlockBuilder, call: relax.Call)
         if is_constant(right):
             weight = relax.const(right.value.numpy().reshape(right_shape), "float32")
             product = relax.op.matmul(_shaped(bb, left, left_shape), weight)
-            return _result(bb, legalize_matmul(machine, bb, bb.normalize(product)), call)
+            product = legalize_matmul(machine, bb, bb.normalize(product), scaled=right in scaled)
+            return _result(bb, product, call)
         rows = math.prod(left_shape[:-1])
         left = _shaped(bb, left, (rows, left_shape[-1]))
         if right_shape[1] == 1 < right_shape[0]:

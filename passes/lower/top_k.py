@@ -25,6 +25,8 @@ from tvm.script.ir_builder import tirx as ib
 
 from hone.targets.schedule.blocks import MIN_PARALLEL_CYCLES
 
+from .elementary import is_number
+
 # Places are counted for each pair of candidates.
 MOST = 1024
 # Columns for each of the k, and how many rows of them make them pay.
@@ -67,6 +69,7 @@ class TopK:
         bits = tirx.reinterpret("int32", value)
         ordered = bits ^ ((bits >> _int(31)) & _int(0x7FFFFFFF))
         ordered = tirx.Select(value.equal(tirx.const(0, "float32")), _int(0), ordered)
+        ordered = tirx.Select(is_number(value), ordered, _int(0x7FFFFFFF))
         return ordered if self.largest else ordered ^ _int(-1)
 
 
@@ -207,7 +210,11 @@ def _top_k(data: te.Tensor, *, spec: TopK, kinds: str, index: str) -> list[te.Te
 def _spec(call: relax.Call, axis: int) -> TopK | None:
     """Return what is taken of each row, None where it is left to the runtime's sort."""
     shape, k = [int(extent) for extent in call.args[0].ty.shape], int(call.attrs.k)
-    if str(call.args[0].ty.dtype) != "float32" or 0 in shape or not 1 <= k <= MOST:
+    if (
+        str(call.args[0].ty.dtype) != "float32"
+        or 0 in shape
+        or not 1 <= k <= min(MOST, shape[axis])
+    ):
         return None
     rows, size = math.prod(shape) // shape[axis], shape[axis]
     return TopK(rows=rows, size=size, k=k, largest=bool(call.attrs.largest))

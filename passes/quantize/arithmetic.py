@@ -10,7 +10,7 @@ with ``float32(acc)`` rounded to nearest even and one float32 product. Clamping 
 bounds are integers, so it commutes with rounding, and the conversion to int32 cannot overflow.
 A float32 multiplier has 24 significant bits, as many as fixed-point multipliers of gemmlowp keep
 in practice, and the steps are one instruction each on every vector unit (``vcvtdq2ps vmulps
-vminps vmaxps vrndscaleps vcvttps2dq``; ``scvtf fmul fmin fmax frintn fcvtzs``).
+vminps vmaxps vcvtps2dq``; ``scvtf fmul fmin fmax frintn fcvtzs``).
 
 There is no float *addition*: LLVM contracts a product and a sum into one fused operation where the
 processor has it (measured: 28% of results differ in the last bit), which would make the result

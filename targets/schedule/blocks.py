@@ -200,6 +200,8 @@ def _operations(expression: tirx.Expr, seen: set[int]) -> int:
     parts: list[tirx.Expr] = []
     if isinstance(expression, tvm.ir.expr.TensorLoad):
         return 1
+    if isinstance(expression, tirx.Let):
+        return sum(_operations(part, seen) for part in (expression.value, expression.body))
     if isinstance(expression, tvm.ir.Call):
         parts = list(expression.args)
     elif isinstance(expression, tirx.Select):

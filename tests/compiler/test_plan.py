@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -232,6 +233,28 @@ def test_large_inputs_are_read_where_they_lie_and_large_outputs_are_new(offset: 
         runner.run({"x": turned, "small": small})["y"], np.maximum(turned, 0)
     )
     runner.prepare({"x": x, "small": small})()
+
+
+def test_inputs_that_a_mapping_makes_when_asked_live_as_long_as_the_run() -> None:
+    class Fresh(Mapping[str, np.ndarray]):
+        """Makes its arrays anew, as an archive of numpy does."""
+
+        def __getitem__(self, name: str) -> np.ndarray:
+            array = loaded_code.aligned_empty((512, 1024), np.dtype(np.float32))
+            array[...] = {"x": 3, "y": 5}[name]
+            return array
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(("x", "y"))
+
+        def __len__(self) -> int:
+            return 2
+
+    shape = [512, 1024]
+    nodes = [helper.make_node("Sub", ["x", "y"], ["z"])]
+    runner = load(model(nodes, {"x": shape, "y": shape}, {"z": shape}))
+    for _ in range(3):
+        assert (runner.run(Fresh())["z"] == -2).all()
 
 
 def test_watched_runs_copy_large_inputs() -> None:

@@ -10,6 +10,7 @@ from tvm.ir import assert_structural_equal
 
 from hone.errors import ModelError, UsageError
 from hone.passes.graph.rebatch import Rebatch
+from hone.passes.quantize import operators
 
 RNG = np.random.default_rng(0)
 Body = Callable[[Callable[[relax.Expr], relax.Var], relax.Var], relax.Expr]
@@ -183,3 +184,17 @@ def test_rebatch_raises_when_the_batch_is_not_positive() -> None:
     with pytest.raises(UsageError) as error:
         Rebatch(0)
     assert str(error.value) == "the batch must be at least 1, not 0"
+
+
+def test_sums_of_levels_follow_the_batch() -> None:
+    x = relax.Var("x", relax.TensorType((4, 3, 5, 6), "uint8"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            rows = builder.emit(operators.row_sums(x), "rows")
+            border = relax.const(np.zeros((1,), "int32"))
+            sums = operators.window_sums(rows, border, taps=(3, 3), padding=(1, 1, 1, 1))
+            result = builder.emit_output(sums, "sums")
+        builder.emit_func_output(result)
+    smaller = Rebatch(2)(builder.get())["main"]
+    assert [int(extent) for extent in smaller.body.body.ty.shape] == [2, 3, 5, 1]

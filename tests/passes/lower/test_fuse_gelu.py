@@ -11,7 +11,9 @@ import tvm
 from scipy.special import ndtr
 from tvm import relax
 
+from hone import pipeline
 from hone.passes.lower.fuse_gelu import FuseGelu
+from hone.targets.target import resolve
 
 op = relax.op
 RunOp = Callable[..., tuple[np.ndarray, list[str]]]
@@ -130,3 +132,17 @@ def test_gelu_is_within_a_rounding_of_float64(run_op: RunOp, rng: np.random.Gene
     assert np.abs(actual - exact).max(where=np.abs(x) <= 4, initial=0) <= 3.5e-7
     # Beyond, half a unit of the result's last place is more than the polynomial's error.
     np.testing.assert_allclose(actual, exact, rtol=1.5e-7, atol=3.5e-7)
+
+
+def test_a_gelu_of_its_own_is_shared_by_threads() -> None:
+    # Some 27 operations for an element: 65 536 elements take long enough for two threads.
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((128, 512), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            result = builder.emit_output(op.nn.gelu(x))
+        builder.emit_func_output(result)
+    target = resolve("x86-64-v4")
+    lowered = pipeline.lower(builder.get(), target, threads=2)
+    scheduled = pipeline.schedule(lowered, target, threads=2).module
+    assert "T.parallel" in scheduled.script()

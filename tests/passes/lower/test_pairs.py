@@ -11,7 +11,7 @@ import tvm
 from tvm import relax, te, tirx
 
 from hone import pipeline
-from hone.passes.lower import conv2d, dense
+from hone.passes.lower import conv2d, dense, legalize
 from hone.passes.lower.pairs import pack, pairs_product
 from hone.targets import adder_intrinsics
 from hone.targets.adder_intrinsics import sum_by_product
@@ -55,6 +55,12 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every machine take pairs: what is added on which unit is no matter of numerics."""
     for module in (conv2d, dense):
         monkeypatch.setattr(module, "pairs_apply", lambda *_, **__: True)
+
+    class Everything:
+        def __contains__(self, _weight: object) -> bool:
+            return True
+
+    monkeypatch.setattr(legalize, "known_scale", lambda _: Everything())
 
 
 @pytest.mark.usefixtures("always")
@@ -165,6 +171,7 @@ REJECTED = {
     "few input channels": (ZEN5, {"depth": 16}),
     "channels that two vectors do not divide": (ZEN5, {"channels": 48}),
     "13 columns": (ZEN5, {"width": 13}),
+    "a tile of weights that takes a quarter of L2": (ZEN5, {"depth": 2048}),
     "tuning found otherwise": (
         replace(ZEN5, decided=(("pairs 14x14x64 to 128", "direct"),)),
         {},

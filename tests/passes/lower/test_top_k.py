@@ -88,3 +88,14 @@ def test_what_is_not_lowered_keeps_the_sort_of_the_runtime(
     k = 7 if dtype == "int32" else 1100
     actual, _ = run_op(lambda v: relax.op.topk(v, k=k, ret_type="values"), x)
     np.testing.assert_array_equal(actual[0], np.sort(x[0])[::-1][:k])
+
+
+@pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000], ids=["NaN", "NaN with a sign"])
+def test_nan_counts_as_larger_than_everything(bits: int, largest: bool, run_op: RunOp) -> None:
+    x = np.array([[1, 0, np.inf, -np.inf, 2]], "float32")
+    x[0, 1] = np.array(bits, np.uint32).view(np.float32)
+    actual, _ = run_op(
+        lambda v: relax.op.topk(v, k=4, ret_type="indices", largest=largest, dtype="int64"), x
+    )
+    assert actual.tolist() == [[1, 2, 4, 0] if largest else [3, 0, 4, 2]]
