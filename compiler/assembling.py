@@ -165,7 +165,7 @@ def assemble(
         golden=(),
         tolerance=dict.fromkeys(floats, GOLDEN_TOLERANCE[precision]),
         recipe={},
-        # Sorting and top-k are calls by name into the runtime's second library.
+        # Sorting, and top-k that is no kernel, are calls by name into the runtime's second library.
         needs_runtime_extra=b"tvm.contrib.sort" in library,
         activations_bytes=_activation_bytes(model, scheduled, slicing, target),
         slices=_slices_entry(slicing),

@@ -145,7 +145,8 @@ def compile(
     try:
         return attempt(resolved)
     except AccuracyError:
-        if not resolved.separate_adders:
+        # A locked build has records of the form that was tuned, and of no other.
+        if locked or not resolved.separate_adders:
             raise
     package = attempt(replace(resolved, separate_adders=False))
     progress.log(f"{TOO_FAR_BY_SUMS}; compiled without them")

@@ -258,7 +258,8 @@ class Manifest(_Entry):
     precision : {"fp32", "bf16", "fp16", "int8"}
         The lowest precision that kernels compute in.
     needs_runtime_extra : bool
-        Whether the code calls into ``libtvm_runtime_extra.so`` (sorting, top-k).
+        Whether the code calls into ``libtvm_runtime_extra.so`` (sorting; top-k
+        of other types than float32 or of more than 1024).
     weights_bytes : int
         Bytes of the weights as the library stores them, packing and padding included.
     memory : MemoryEntry or None

@@ -144,6 +144,9 @@ class Session:
             self.searched = True
             self.current = None
             return
+        if kind == "between":
+            self.current = None  # what happens now is no kernel's fault
+            return
         if kind == "say":
             if message["text"]:  # else it only says that it lives
                 self.log(str(message["text"]))

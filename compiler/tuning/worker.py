@@ -208,8 +208,9 @@ class Search:
         self._order = Order(
             [t["estimate_s"] for t in tasks], [t["calls"] for t in tasks], self._profile()
         )
-        for position, task in enumerate(tasks):
-            if task["quarantined"]:
+        self._quarantined = [bool(task["quarantined"]) for task in tasks]
+        for position, quarantined in enumerate(self._quarantined):
+            if quarantined:
                 self._order.finish(position)
         self._longest_thought_s = 0.0
         self._database = ms.database.MemoryDatabase()
@@ -251,23 +252,36 @@ class Search:
         """
         now = time.monotonic()
         deadline = now + INSIDE_SHARE * (self._deadline - now)
-        large = [i for i, share in enumerate(self._shares) if share >= LEAST_SHARE]
+        large = [
+            i
+            for i, share in enumerate(self._shares)
+            if share >= LEAST_SHARE and not self._quarantined[i]
+        ]
         idle = 0
         self._say("say", text=f"searching schedules of {len(large)} kernels inside the model")
         while large and idle < IDLE_TURNS and time.monotonic() < deadline:
             made: dict[str, list[Made]] = {}
             until = time.monotonic() + MAKING_SHARE * (deadline - time.monotonic())
             for position in large:
-                self._say("say", text="")  # it may take long
+                self._say("turn", task=position)
                 if time.monotonic() < until:
-                    kernel = self._kernels[position]
-                    made[str(position)] = kernel.proposals(self._machine, self._seed, self._target)
+                    made[str(position)] = self._proposals(position)
+            self._say("between")
             large = [i for i in large if made.get(str(i), True)]
             offered = {i: proposals for i, proposals in made.items() if proposals}
             if not offered or self._whole.failure:
                 break
             news = self._try_inside(offered, deadline)
             idle = 0 if news else idle + 1
+
+    def _proposals(self, position: int) -> list[Made]:
+        """Return what a kernel's template offers next; none where TVM refuses it."""
+        try:
+            return self._kernels[position].proposals(self._machine, self._seed, self._target)
+        except REFUSALS as error:
+            self._say("quarantine", task=position, reason=reason_of(error))
+            self._order.finish(position)
+            return []
 
     def _try_inside(self, made: Mapping[str, list[Made]], deadline: float) -> bool:
         """Time schedules inside the model; return whether one is the best of its kernel so far."""

@@ -2,9 +2,9 @@
 
 Rewrites ``relax.nn.max_pool2d`` and ``relax.nn.avg_pool2d`` in NHWC; in NCHW along the rows of each
 image (`hone.passes.lower.pool_planes`), or between two transpositions where rows are short. Average
-pooling in ceil mode keeps TVM's
-own legalization, as does what is no float32. Runs after the layout is NHWC and before fusion.
-Numerics: maxima are exact, sums may be taken in another order.
+pooling in ceil mode keeps TVM's own legalization, as does what is no float32. Runs after the
+layout is NHWC and before fusion. Numerics: maxima are exact, a NaN may be passed over; sums may be
+taken in another order.
 """
 
 from __future__ import annotations

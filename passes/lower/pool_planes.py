@@ -3,7 +3,7 @@
 For images that stand alone in NCHW, between no convolutions: both loops run along a row of the
 image through memory, where windows over channels would want two transpositions. Called by
 `hone.passes.lower.pool2d`; scheduled by `hone.targets.schedule.pooling`.
-Numerics: maxima are exact, sums are taken rows first.
+Numerics: maxima are exact, a NaN may be passed over; sums are taken rows first.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def words_high(taps: int) -> int:
 
 
 def pack(weight: np.ndarray) -> np.ndarray:
-    """Pack int8 ``[R, S, C]`` to int32 ``[2, words, S, C]``.
+    """Pack int8 or int16 ``[R, S, C]`` to int32 ``[2, words, S, C]``.
 
     First for a window that begins with a word, then for one that begins in the middle of it.
     """

@@ -54,6 +54,14 @@ def test_a_search_is_late_when_it_eats_into_the_time_of_the_trial(
     assert not session.is_late(session.started + elapsed_s)
 
 
+def test_a_kernel_is_blamed_during_its_turn_and_not_between_turns(session: Session) -> None:
+    session.tasks.append(SimpleNamespace(name="dense"))
+    session.take({"kind": "turn", "task": 0})
+    assert session.current == 0
+    session.take({"kind": "between"})
+    assert session.current is None
+
+
 @pytest.mark.parametrize(("elapsed_s", "reason"), [(90.0, "late"), (101.0, "time")])
 def test_a_child_is_left_when_it_is_late_or_the_time_is_over(
     session: Session, silent: SimpleNamespace, elapsed_s: float, reason: str
